@@ -1,0 +1,19 @@
+// The table of one instruction set; the build compiles this file once for each.
+#include "kernel_table.h"
+
+#include "code_statistics_kernel.h"
+#include "gather_codes_kernel.h"
+#include "nearest_code_kernel.h"
+#include "quantize_kernel.h"
+
+extern "C" __attribute__((visibility("default"))) const vqkernels::KernelTable*
+vqkernels_kernel_table() {
+  using namespace vqkernels;
+  static const KernelTable table = {
+      kKernelTableVersion, VQKERNELS_CAPABILITY, kPanelWidth,  kTileRows,
+      choose_frame,        pack_panels,          nearest_code, settle_rows,
+      gather_codes,        code_counts,          code_sums,    quantize_rows,
+      quantize_backward_x,
+  };
+  return &table;
+}

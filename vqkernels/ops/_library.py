@@ -1,0 +1,65 @@
+"""Defining an op: its schema, the kernels behind it, its fake kernel and its gradient.
+
+Every op lives in the namespace `vqkernels` and takes `str backend` as its last argument, already
+resolved by `backends.select`; one lookup by that name finds the kernel, on every device:
+
+    reference   vqkernels.reference.<file>
+    cpu         torch.ops.vqkernels_cpu.<name>, from the native object (csrc/ops)
+    triton      vqkernels.triton.<name>
+    cuda        torch.ops.vqkernels_cuda.<name>
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_OPS = torch.library.Library("vqkernels", "DEF")
+_NATIVE = {device: torch.library.Library(f"vqkernels_{device}", "DEF") for device in ("cpu", "cuda")}
+
+
+def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Define the op `schema`, which leaves out the trailing `str backend`."""
+    name = schema[: schema.index("(")]
+    arguments, results = schema[len(name) :].rsplit(") -> ", 1)
+    kernels: dict[str, Callable[..., Any]] = {"reference": reference}
+    for device, library in _NATIVE.items():
+        library.define(schema)
+        kernels[device] = getattr(getattr(torch.ops, f"vqkernels_{device}"), name).default
+
+    def run(*args: Any) -> Any:
+        backend = args[-1]
+        if backend == "triton" and backend not in kernels:
+            kernels[backend] = getattr(importlib.import_module("vqkernels.triton"), name)
+        return kernels[backend](*args[:-1])
+
+    tags = (torch.Tag.pt2_compliant_tag,)
+    _OPS.define(f"{name}{arguments}, str backend) -> {results}", tags=tags)
+    _OPS.impl(name, run, "CompositeExplicitAutograd")
+    overload: torch._ops.OpOverload = getattr(torch.ops.vqkernels, name).default
+    return overload
+
+
+def fake(op: torch._ops.OpOverload) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(op.name(), lib=_OPS)
+
+
+def differentiable(
+    op: torch._ops.OpOverload, backward: Callable[..., Any], save: Callable[..., None]
+) -> None:
+    torch.library.register_autograd(op.name(), backward, setup_context=save, lib=_OPS)
+
+
+def not_differentiable(op: torch._ops.OpOverload, reason: str) -> None:
+    """Make a gradient through `op` an error that says why, instead of a silent zero."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"vqkernels.{op._opname}: {reason}")
+
+    def save(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    differentiable(op, backward, save)

@@ -1,0 +1,46 @@
+"""Checks shared by the ops that apply a per-sample shift, scale or gate to tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vqkernels.ops._checks import check_floating, check_same_device
+
+NORMS = ("layer", "rms")
+
+
+def check_tokens(name: str, x: Tensor) -> None:
+    check_floating(name, x)
+    if x.dim() != 3:
+        raise ValueError(f"{name} must be [B, N, D], got shape {list(x.shape)}")
+
+
+def check_same_tokens(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    check_tokens(name, x)
+    check_same_device(name, x, other_name, other)
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{name} must have {other_name}'s shape {list(other.shape)}, got {list(x.shape)}"
+        )
+
+
+def check_modulation(name: str, vector: Tensor, x_name: str, x: Tensor) -> None:
+    """`[B, D]`, or `[B, F, D]` where F divides x's N tokens."""
+    check_floating(name, vector)
+    check_same_device(name, vector, x_name, x)
+    batch, tokens, dim = x.shape
+    accepted = f"{name} must be [{batch}, {dim}] or [{batch}, F, {dim}] to go with {x_name}"
+    if vector.dim() not in (2, 3) or vector.shape[0] != batch or vector.shape[-1] != dim:
+        raise ValueError(f"{accepted}, got shape {list(vector.shape)}")
+    frames = 1 if vector.dim() == 2 else vector.shape[1]
+    if frames == 0 or tokens % frames:
+        raise ValueError(f"{accepted}, where F divides the {tokens} tokens, got F = {frames}")
+
+
+def check_row(name: str, row: Tensor | None, x: Tensor) -> None:
+    if row is None:
+        return
+    check_floating(name, row)
+    check_same_device(name, row, "x", x)
+    if row.shape != x.shape[-1:]:
+        raise ValueError(f"{name} must be [{x.shape[-1]}], got shape {list(row.shape)}")

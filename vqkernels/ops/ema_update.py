@@ -1,0 +1,48 @@
+"""Exponential moving average of a codebook, from the statistics of one step."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vqkernels.ops._checks import check_codebook, check_labels
+from vqkernels.reference import ema_update as reference
+
+
+def ema_update(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_sum: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    *,
+    decay: Tensor | float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One EMA step of a codebook, returned as new tensors.
+
+        cluster_size' = decay * cluster_size + (1 - decay) * counts
+        embed_sum'    = decay * embed_sum    + (1 - decay) * sums
+        codebook'     = embed_sum' / smoothed(cluster_size')
+
+    with Laplace smoothing `(n + eps) / (sum(n) + K eps) * sum(n)`.
+    Source: van den Oord et al., arXiv:1711.00937, appendix A.1.
+
+    Args:
+        codebook: `[K, D]` or `[G, K, D]`.
+        cluster_size, counts: float32 `[K]` or `[G, K]`.
+        embed_sum, sums: float32, the codebook's shape.
+        decay: in [0, 1]; a tensor where it changes from step to step under `torch.compile`.
+        eps: smoothing, so that a code that was never chosen stays finite.
+
+    Returns:
+        (codebook, cluster_size, embed_sum), new tensors.
+    """
+    check_codebook(codebook)
+    statistics = (cluster_size.dtype,)
+    check_labels("cluster_size", cluster_size, codebook.shape[:-1], statistics)
+    check_labels("counts", counts, codebook.shape[:-1], statistics)
+    check_labels("embed_sum", embed_sum, codebook.shape, statistics)
+    check_labels("sums", sums, codebook.shape, statistics)
+    return reference.ema_update(
+        codebook, cluster_size, embed_sum, counts, sums, decay=decay, eps=eps
+    )

@@ -1,0 +1,1 @@
+"""The obvious PyTorch version of every op, the yardstick for its kernels."""
