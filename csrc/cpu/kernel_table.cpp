@@ -10,10 +10,10 @@ extern "C" __attribute__((visibility("default"))) const vqkernels::KernelTable*
 vqkernels_kernel_table() {
   using namespace vqkernels;
   static const KernelTable table = {
-      kKernelTableVersion, VQKERNELS_CAPABILITY, kPanelWidth,  kTileRows,
-      choose_frame,        pack_panels,          nearest_code, settle_rows,
-      gather_codes,        code_counts,          code_sums,    quantize_rows,
-      quantize_backward_x,
+      kKernelTableVersion, VQKERNELS_CAPABILITY, kPanelWidth,     kTileRows,
+      kInt8Screen,         choose_frame,         pack_panels,     hide_duplicates,
+      nearest_code,        gather_codes,         code_counts,     code_sums,
+      quantize_rows,       quantize_backward_x,
   };
   return &table;
 }

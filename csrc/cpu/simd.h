@@ -1,7 +1,6 @@
-// One vector of floats and one of 32-bit integers, as wide as the instruction set this file is
-// compiled for. GCC's and Clang's vector types carry the arithmetic; only what they cannot say
-// (fused multiply-add, minimum) is spelled out. Everything is in an anonymous namespace, since
-// every instruction set compiles it again.
+// One vector of floats, as wide as the instruction set this file is compiled for. GCC's and Clang's
+// vector types carry the arithmetic; only what they cannot say is spelled out. Everything is in an
+// anonymous namespace, since every instruction set compiles it again.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +23,13 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
+// Roundings of one `multiply_add`.
+#if defined(__AVX512F__) || defined(__AVX2__) || defined(VQKERNELS_NEON)
+constexpr int kRoundings = 1;
+#else
+constexpr int kRoundings = 2;
+#endif
+
 typedef float vf __attribute__((vector_size(kLanes * 4)));
 typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 
@@ -33,14 +39,7 @@ inline vf load(const float* p) {
   return v;
 }
 
-inline vi load(const int32_t* p) {
-  vi v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof(v)); }
-inline void store(int32_t* p, vi v) { std::memcpy(p, &v, sizeof(v)); }
 
 inline vf splat(float value) {
 #if defined(__AVX512F__)
@@ -62,8 +61,8 @@ inline vi splat(int32_t value) {
 #endif
 }
 
-// a * b + c. Fused where the instruction set has it; two roundings on the portable path. Kernels
-// call this, never `a * b + c`, so that one sum gives the same bits wherever it is computed.
+// a * b + c, fused where the instruction set has it. Kernels call this, never `a * b + c`, so that
+// one sum gives the same bits wherever it is computed.
 inline vf multiply_add(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -88,16 +87,28 @@ inline vf minimum(vf a, vf b) {
 #endif
 }
 
-// Where a < least: least = a and label = value.
-inline void keep_smaller(vf a, vi value, vf& least, vi& label) {
+inline vf maximum(vf a, vf b) { return -minimum(-a, -b); }
+
+inline float smallest(vf v) {
+  float least = v[0];
+  for (int lane = 1; lane < kLanes; ++lane) least = v[lane] < least ? v[lane] : least;
+  return least;
+}
+
+// Bit `lane` is set where a <= b; a NaN sets none.
+inline uint32_t lanes_not_above(vf a, vf b) {
 #if defined(__AVX512F__)
-  const __mmask16 smaller = _mm512_cmp_ps_mask((__m512)a, (__m512)least, _CMP_LT_OQ);
-  label = (vi)_mm512_mask_mov_epi32((__m512i)label, smaller, (__m512i)value);
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LE_OQ)));
 #else
-  const vi smaller = a < least;
-  label = (smaller & value) | (~smaller & label);
+#if defined(VQKERNELS_NEON)
+  if (vmaxvq_u32(vcleq_f32((float32x4_t)a, (float32x4_t)b)) == 0) return 0;
 #endif
-  least = minimum(a, least);
+  uint32_t mask = 0;
+  for (int lane = 0; lane < kLanes; ++lane) mask |= uint32_t(a[lane] <= b[lane]) << lane;
+  return mask;
+#endif
 }
 
 }  // namespace

@@ -11,12 +11,14 @@ namespace {
 constexpr int64_t kSerialWork = 1 << 17;
 // Up to this many tiles of rows, threads share the codes, not the rows, and pack what they need.
 constexpr int64_t kFewTiles = 16;
+// Deciding a code in float64 costs about as much as screening this many in int8 saves.
+constexpr int64_t kCodesPerDecision = 24;
 
 // Checks that `packed` was made for this call; the layout differs between instruction sets.
 void check_packed(const float* packed, const Codebook& book) {
   Codebook probe = book;
-  std::vector<float> wanted(kHeaderWords + centre_words(book.codes.width));
   probe.codes.count = 0;
+  std::vector<float> wanted(PackedLayout(0, book.codes.width).frame_words);
   kernels().choose_frame(probe, wanted.data());
   int32_t header[6], expected[6];
   std::memcpy(header, packed, sizeof(header));
@@ -34,14 +36,31 @@ int64_t panels_of(int64_t codes) {
   return (codes + width - 1) / width;
 }
 
-void pack(const Codebook& book, float* packed) {
-  kernels().choose_frame(book, packed);
-  const int64_t dim = book.codes.width, words = kernels().panel_width * (dim + 1);
-  float* panels = packed + kHeaderWords + centre_words(dim);
+bool can_screen_int8(int64_t dim) {
+  return kernels().int8_screen && dim >= kScreenDim && dim <= kInt8LargestDim;
+}
+
+void pack(const Codebook& book, Screen screen, float* packed) {
+  const int64_t words = kernels().panel_width * (book.codes.width + 1);
   const int64_t grain = std::max<int64_t>(1, kSerialWork / words);
   parallel(panels_of(book.codes.count), grain, [&](int64_t begin, int64_t end) {
-    kernels().pack_panels(book, packed, begin, end, panels + begin * words);
+    kernels().pack_panels(book, screen, begin, end, packed);
   });
+  kernels().hide_duplicates(book, screen, packed);
+}
+
+// Whether int8 leaves few enough codes to decide, seen on some rows from the middle.
+bool int8_pays(NearestTask task) {
+  constexpr int64_t kMost = 56;
+  const int64_t least = kernels().tile_rows, rows = task.x.count, codes = task.book.codes.count;
+  const int64_t probed = std::min(rows, std::clamp(rows / 32, least, kMost));
+  task.row_begin = (rows - probed) / 2;
+  task.row_end = task.row_begin + probed;
+  task.panel_end = panels_of(codes);
+  std::vector<double> score(probed);
+  std::vector<int64_t> index(probed);
+  const int64_t decided = kernels().nearest_code(task, score.data(), index.data());
+  return decided * kCodesPerDecision <= probed * codes;
 }
 
 // Rows and codes in a grid of tasks, one a thread.
@@ -58,58 +77,65 @@ Grid plan(int64_t rows, int64_t panels, int64_t dim) {
   return {across_rows, std::min(std::max<int64_t>(1, threads / across_rows), panels)};
 }
 
-void search_book(const Rows& x, Codebook book, int64_t* index) {
+void run(const NearestTask& whole, int64_t* index) {
   const KernelTable& table = kernels();
-  const int64_t panels = panels_of(book.codes.count), dim = book.codes.width;
-  const Grid grid = plan(x.count, panels, dim);
-
-  std::vector<float> frame;
-  Tensor own;
-  if (book.packed == nullptr) {
-    if (x.count <= kFewTiles * table.tile_rows) {
-      frame.resize(kHeaderWords + centre_words(dim));
-      table.choose_frame(book, frame.data());
-    } else {
-      const int64_t words = packed_words(book.codes.count, dim);
-      own = torch::stable::empty({words}, ScalarType::Float);
-      pack(book, data<float>(own));
-      book.packed = data<float>(own);
-    }
-  }
-  NearestTask whole;
-  whole.x = x;
-  whole.book = book;
-  whole.frame = book.packed != nullptr ? book.packed : frame.data();
-  whole.row_end = x.count;
-
-  std::vector<float> scores(x.count * grid.codes);
-  std::vector<int64_t> others(x.count * (grid.codes - 1));
+  const int64_t rows = whole.x.count, panels = panels_of(whole.book.codes.count);
+  const int64_t tiles = (rows + table.tile_rows - 1) / table.tile_rows;
+  const Grid grid = plan(rows, panels, whole.x.width);
+  std::vector<double> scores(rows * grid.codes);
+  std::vector<int64_t> others(rows * (grid.codes - 1));
   parallel(grid.rows * grid.codes, 1, [&](int64_t begin, int64_t end) {
     for (int64_t cell = begin; cell < end; ++cell) {
       NearestTask task = whole;
       const int64_t across = cell % grid.rows, down = cell / grid.rows;
-      const int64_t tiles = (x.count + table.tile_rows - 1) / table.tile_rows;
       task.row_begin = tiles * across / grid.rows * table.tile_rows;
-      task.row_end = std::min(x.count, tiles * (across + 1) / grid.rows * table.tile_rows);
+      task.row_end = std::min(rows, tiles * (across + 1) / grid.rows * table.tile_rows);
       task.panel_begin = panels * down / grid.codes;
       task.panel_end = panels * (down + 1) / grid.codes;
-      float* score = scores.data() + down * x.count + task.row_begin;
-      int64_t* found = (down == 0 ? index : others.data() + (down - 1) * x.count) + task.row_begin;
-      table.nearest_code(task, score, found);
-      if (grid.codes == 1) table.settle_rows(task, score, found);
+      int64_t* found = down == 0 ? index : others.data() + (down - 1) * rows;
+      table.nearest_code(task, scores.data() + down * rows + task.row_begin,
+                         found + task.row_begin);
     }
   });
-  if (grid.codes == 1) return;
-  for (int64_t row = 0; row < x.count; ++row) {
-    for (int64_t down = 1; down < grid.codes; ++down) {
-      const float score = scores[down * x.count + row];
-      if (score < scores[row]) {
-        scores[row] = score;
-        index[row] = others[(down - 1) * x.count + row];
+  for (int64_t down = 1; down < grid.codes; ++down) {
+    for (int64_t row = 0; row < rows; ++row) {
+      if (scores[down * rows + row] < scores[row]) {
+        scores[row] = scores[down * rows + row];
+        index[row] = others[(down - 1) * rows + row];
       }
     }
   }
-  table.settle_rows(whole, scores.data(), index);
+}
+
+void search_book(const Rows& x, const Codebook& book, const float* packed, int64_t* index) {
+  const PackedLayout layout(book.codes.count, book.codes.width);
+  const bool int8 = can_screen_int8(book.codes.width);
+  NearestTask task;
+  task.x = x;
+  task.book = book;
+  if (packed != nullptr) {
+    task.frame = task.packed = packed;
+    task.screen = int8 ? Screen::int8 : Screen::fp32;
+    if (int8 && !int8_pays(task)) task.screen = Screen::fp32;
+    return run(task, index);
+  }
+  if (x.count <= kFewTiles * kernels().tile_rows) {
+    std::vector<float> frame(layout.frame_words);
+    kernels().choose_frame(book, frame.data());
+    task.frame = frame.data();
+    return run(task, index);
+  }
+  const Tensor own = torch::stable::empty({layout.words}, ScalarType::Float);
+  kernels().choose_frame(book, data<float>(own));
+  task.frame = task.packed = data<float>(own);
+  if (int8) {
+    task.screen = Screen::int8;
+    pack(book, Screen::int8, data<float>(own));
+    if (int8_pays(task)) return run(task, index);
+    task.screen = Screen::fp32;
+  }
+  pack(book, Screen::fp32, data<float>(own));
+  run(task, index);
 }
 
 }  // namespace
@@ -124,12 +150,14 @@ void search(const Tensor& x, const Tensor& codebook, Metric metric,
   for (int64_t group = 0; group < book_count(codebook); ++group) {
     const Rows rows = grouped ? rows_of(x, group) : rows_of(x);
     if (rows.count == 0) continue;
-    Codebook book{codes_of(codebook, group), metric, nullptr};
+    const Codebook book{codes_of(codebook, group), metric};
+    const float* prepared = nullptr;
     if (packed) {
-      book.packed = data<float>(*packed) + group * packed_words(book.codes.count, rows.width);
-      check_packed(book.packed, book);
+      prepared =
+          data<float>(*packed) + group * PackedLayout(book.codes.count, rows.width).words;
+      check_packed(prepared, book);
     }
-    search_book(rows, book, labels.of(group));
+    search_book(rows, book, prepared, labels.of(group));
   }
 }
 
@@ -147,14 +175,16 @@ Tensor nearest_code(const Tensor& x, const Tensor& codebook, const std::string& 
 }
 
 Tensor pack_codebook(const Tensor& codebook, const std::string& metric) {
-  const int64_t books = book_count(codebook);
-  const int64_t words = packed_words(codebook.size(codebook.dim() - 2),
-                                     codebook.size(codebook.dim() - 1));
-  Tensor packed = empty({books, words}, ScalarType::Float, codebook);
-  std::memset(packed.data_ptr(), 0, sizeof(float) * books * words);
+  const int64_t books = book_count(codebook), dim = codebook.size(codebook.dim() - 1);
+  const PackedLayout layout(codebook.size(codebook.dim() - 2), dim);
+  Tensor packed = empty({books, layout.words}, ScalarType::Float, codebook);
+  std::memset(packed.data_ptr(), 0, sizeof(float) * books * layout.words);
   for (int64_t group = 0; group < books; ++group) {
-    pack(Codebook{codes_of(codebook, group), parse_metric(metric), nullptr},
-         data<float>(packed) + group * words);
+    const Codebook book{codes_of(codebook, group), parse_metric(metric)};
+    float* words = data<float>(packed) + group * layout.words;
+    kernels().choose_frame(book, words);
+    pack(book, Screen::fp32, words);
+    if (can_screen_int8(dim)) pack(book, Screen::int8, words);
   }
   return packed;
 }

@@ -50,41 +50,41 @@ class Table {
 
   std::string name() const { return table_->name; }
 
-  py::array_t<float> pack_codebook(const py::array& codebook, const std::string& dtype,
-                                   int metric) const {
-    const Codebook book{rows_of(codebook, dtype), Metric(metric), nullptr};
-    py::array_t<float> packed(packed_words(book.codes.count, book.codes.width));
+  bool int8_screen() const { return table_->int8_screen; }
+
+  py::array_t<float> pack_codebook(const py::array& codebook, const std::string& dtype, int metric,
+                                   int screen) const {
+    const Codebook book{rows_of(codebook, dtype), Metric(metric)};
+    py::array_t<float> packed(PackedLayout(book.codes.count, book.codes.width).words);
     std::fill(packed.mutable_data(), packed.mutable_data() + packed.size(), 0.0f);
-    const int64_t panels =
-        (book.codes.count + table_->panel_width - 1) / table_->panel_width;
     table_->choose_frame(book, packed.mutable_data());
-    table_->pack_panels(book, packed.data(), 0, panels,
-                        packed.mutable_data() + kHeaderWords + centre_words(book.codes.width));
+    table_->pack_panels(book, Screen(screen), 0, panels(book), packed.mutable_data());
+    table_->hide_duplicates(book, Screen(screen), packed.mutable_data());
     return packed;
   }
 
-  // With `packed`, searches it; without, packs block by block as the search goes.
+  // With `packed`, searches it; without, packs block by block as the search goes (fp32).
   py::array_t<int64_t> nearest_code(const py::array& x, const std::string& x_dtype,
                                     const py::array& codebook, const std::string& codebook_dtype,
-                                    int metric, const std::optional<Floats>& packed) const {
+                                    int metric, const std::optional<Floats>& packed,
+                                    int screen) const {
     NearestTask task;
     task.x = rows_of(x, x_dtype);
-    task.book = {rows_of(codebook, codebook_dtype), Metric(metric), nullptr};
-    std::vector<float> frame(kHeaderWords + centre_words(task.x.width));
+    task.book = {rows_of(codebook, codebook_dtype), Metric(metric)};
+    task.screen = Screen(screen);
+    std::vector<float> frame(PackedLayout(0, task.x.width).frame_words);
     if (packed) {
-      task.book.packed = packed->data();
-      task.frame = packed->data();
+      task.frame = task.packed = packed->data();
     } else {
       table_->choose_frame(task.book, frame.data());
       task.frame = frame.data();
     }
     task.row_end = task.x.count;
-    task.panel_end = (task.book.codes.count + table_->panel_width - 1) / table_->panel_width;
-    std::vector<float> score(task.x.count);
+    task.panel_end = panels(task.book);
+    std::vector<double> score(task.x.count);
     py::array_t<int64_t> index(task.x.count);
     py::gil_scoped_release unlocked;
     table_->nearest_code(task, score.data(), index.mutable_data());
-    table_->settle_rows(task, score.data(), index.mutable_data());
     return index;
   }
 
@@ -110,6 +110,10 @@ class Table {
   }
 
  private:
+  int64_t panels(const Codebook& book) const {
+    return (book.codes.count + table_->panel_width - 1) / table_->panel_width;
+  }
+
   const KernelTable* table_;
 };
 
@@ -118,11 +122,12 @@ PYBIND11_MODULE(_kernels, m) {
   py::class_<Table>(m, "Table")
       .def(py::init<const std::string&>(), py::arg("path"))
       .def_property_readonly("name", &Table::name)
+      .def_property_readonly("int8_screen", &Table::int8_screen)
       .def("pack_codebook", &Table::pack_codebook, py::arg("codebook"), py::arg("dtype"),
-           py::arg("metric"))
+           py::arg("metric"), py::arg("screen") = 0)
       .def("nearest_code", &Table::nearest_code, py::arg("x"), py::arg("x_dtype"),
            py::arg("codebook"), py::arg("codebook_dtype"), py::arg("metric"),
-           py::arg("packed") = std::nullopt)
+           py::arg("packed") = std::nullopt, py::arg("screen") = 0)
       .def("code_sums", &Table::code_sums, py::arg("x"), py::arg("dtype"), py::arg("indices"),
            py::arg("codebook_size"))
       .def("quantize_rows", &Table::quantize_rows, py::arg("x"), py::arg("x_dtype"),

@@ -35,8 +35,17 @@ def pack_codebook(codebook: Tensor, *, metric: str = "l2") -> Tensor:
 
 
 def packed_size(codebook_size: int, dim: int) -> int:
-    """fp32 words of one packed book: header, centre, then codes and their norms in panels."""
-    return 16 + (dim + 15) // 16 * 16 + (codebook_size + 63) // 64 * 64 * (dim + 1)
+    """Words of one packed book, the same on every instruction set; as `csrc/cpu/packed_book.h`:
+    header, centre, norms of the panels, fp32 panels and, for some D, int8 panels."""
+    codes = _round_up(codebook_size, 64)
+    words = 16 + _round_up(dim, 16) + 2 * _round_up(codes // 16, 16) + codes * (dim + 1)
+    if 32 <= dim <= 1 << 14:
+        words += codes * (_round_up(dim, 4) // 4 + 2)
+    return words
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return (value + multiple - 1) // multiple * multiple
 
 
 def _nearest(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
