@@ -53,22 +53,21 @@ class ExactRow {
     unit_ = double(frame_.scale) * frame_.scale;
   }
 
-  // Returns whether every element is finite.
-  bool load(int64_t row) {
-    if (row == row_) return finite_;
+  void load(int64_t row) {
+    if (row == row_) return;
     row_ = row;
-    finite_ = zero_ = true;
     dispatch(task_.x.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       const T* from = static_cast<const T*>(task_.x.data) + task_.x.offset(row);
-      for (int64_t d = 0; d < width(); ++d) {
-        const float element = to_float(from[d * task_.x.col_stride]);
-        finite_ &= std::fabs(element) < kInfinity;
-        zero_ &= element == 0;
-        x_[d] = double(element) - centre_[d];
+      const int64_t stride = task_.x.col_stride;
+      if (stride == 1) {
+        for (int64_t d = 0; d < width(); ++d) x_[d] = double(to_float(from[d])) - centre_[d];
+      } else {
+        for (int64_t d = 0; d < width(); ++d) {
+          x_[d] = double(to_float(from[d * stride])) - centre_[d];
+        }
       }
     });
-    return finite_;
   }
 
   // The exact score in units of the frame, or +infinity if the code is not finite.
@@ -85,13 +84,19 @@ class ExactRow {
   // codes are equally similar, so the first will do.
   void search_all(int64_t row, RowSearch* result) {
     result->reset();
-    if (!load(row)) return;
+    load(row);
+    bool finite = true, zero = task_.book.metric != Metric::l2;
+    for (int64_t d = 0; d < width(); ++d) {
+      finite &= std::isfinite(x_[d]);
+      zero &= x_[d] == 0;
+    }
+    if (!finite) return;
     for (int64_t code = 0; code < task_.book.codes.count; ++code) {
       const double exact = score(code);
       if (exact < result->score) {
         result->score = exact;
         result->index = code;
-        if (zero_ && task_.book.metric != Metric::l2) return;
+        if (zero) return;
       }
     }
   }
@@ -138,7 +143,6 @@ class ExactRow {
   double* centre_;
   double unit_ = 1;
   int64_t row_ = -1;
-  bool finite_ = false, zero_ = false;
 };
 
 // Scores the listed groups exactly, lowest bound first, until no other can win.

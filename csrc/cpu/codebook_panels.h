@@ -136,11 +136,13 @@ inline void frame_code(const Frame& frame, float* row) {
   }
 }
 
-// Reads code `panel * kPanelWidth + lane` into `row`, framed, and returns its start.
+// Reads code `panel * kPanelWidth + lane` into `row`, framed and padded with zeros to a multiple of
+// 16, and returns its start.
 template <typename T>
 inline float read_code(const Codebook& book, const Frame& frame, int64_t panel, int64_t lane,
                        float* row, float* norm) {
   const int64_t code = panel * kPanelWidth + lane, dim = book.codes.width;
+  for (int64_t d = dim; d < round_up(dim, 16); ++d) row[d] = 0;
   *norm = 0;
   float start = kInfinity;
   if (code < book.codes.count) {
@@ -180,7 +182,7 @@ inline void pack_fp32(const Codebook& book, const float* frame, int64_t begin, i
   dispatch(book.codes.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t dim = book.codes.width;
-    auto row = std::make_unique<float[]>(dim);
+    auto row = std::make_unique<float[]>(round_up(dim, 16));
     for (int64_t panel = begin; panel < end; ++panel) {
       pack_panel<T>(book, *reinterpret_cast<const Frame*>(frame), panel, row.get(),
                     panels + (panel - begin) * panel_words(dim), bounds.code + (panel - begin));

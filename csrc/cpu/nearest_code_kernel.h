@@ -222,7 +222,7 @@ inline int64_t nearest_int8(const NearestTask& task, double* score, int64_t* ind
   constexpr int64_t kSearchWords = sizeof(RowSearch) / sizeof(float);
 
   Scratch scratch(chunk_rows * (words + 6 + kSearchWords) + block * (kInt8TileRows + 1) * kLanes +
-                  7 * dim);
+                  5 * dim + 16);
   auto* tiles = scratch.take<uint32_t>(chunk_rows * words);
   float* squares = scratch.take<float>(chunk_rows);
   auto* rows_int8 = reinterpret_cast<Int8Row*>(scratch.take<float>(chunk_rows * 2));
@@ -230,8 +230,7 @@ inline int64_t nearest_int8(const NearestTask& task, double* score, int64_t* ind
   float* least = scratch.take<float>(block * kInt8TileRows * kLanes);
   float* errors = scratch.take<float>(round_up(block, kLanes));
   auto* searches = reinterpret_cast<RowSearch*>(scratch.take<float>(chunk_rows * kSearchWords));
-  float* row = scratch.take<float>(2 * dim + 4);
-  auto* bytes = reinterpret_cast<uint8_t*>(row + dim);
+  float* row = scratch.take<float>(round_up(dim, 16));
   auto* exact_x = reinterpret_cast<double*>(scratch.take<float>(2 * dim));
   ExactRow exact(task, exact_x, reinterpret_cast<double*>(scratch.take<float>(2 * dim)));
 
@@ -243,10 +242,10 @@ inline int64_t nearest_int8(const NearestTask& task, double* score, int64_t* ind
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t tile = r / kInt8TileRows * kInt8TileRows;
       const Int8Shape shape = int8_shape(std::min<int64_t>(kInt8TileRows, rows - tile));
-      load_tile<1>(task.x, chunk + r, 1, frame, row, squares + r);
+      squares[r] = load_framed_row(task.x, chunk + r, frame, row);
       float held, error;
-      rows_int8[r] = quantize_row(row, dim, shape.rows, tiles + tile * words + r - tile, bytes,
-                                  &held, &error);
+      rows_int8[r] = quantize_row(row, dim, shape.rows, tiles + tile * words + r - tile, &held,
+                                  &error);
       row_errors[r] = {error + relative * held * 2, per_square, held};
       searches[r].reset();
     }

@@ -52,6 +52,32 @@ void load_tile(const Rows& rows, int64_t begin, int64_t count, const Frame& fram
   std::memcpy(squares, sums, sizeof(float) * count);
 }
 
+// One framed row, contiguous, padded with zeros to whole vectors of 16; returns |x'|^2.
+inline float load_framed_row(const Rows& rows, int64_t index, const Frame& frame, float* row) {
+  const float* centre = frame.centre();
+  const float scale = frame.scale;
+  dispatch(rows.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = static_cast<const T*>(rows.data) + rows.offset(index);
+    if (rows.col_stride == 1) {
+      for (int64_t d = 0; d < rows.width; ++d) row[d] = (to_float(from[d]) - centre[d]) * scale;
+    } else {
+      for (int64_t d = 0; d < rows.width; ++d) {
+        row[d] = (to_float(from[d * rows.col_stride]) - centre[d]) * scale;
+      }
+    }
+  });
+  const int64_t padded = round_up(rows.width, 16);
+  for (int64_t d = rows.width; d < padded; ++d) row[d] = 0;
+  float parts[16] = {};
+  for (int64_t d = 0; d < padded; d += 16) {
+    for (int i = 0; i < 16; ++i) parts[i] += row[d + i] * row[d + i];
+  }
+  float square = 0;
+  for (float part : parts) square += part;
+  return square;
+}
+
 // P panels at once. least: [panel][R][kLanes].
 template <int R, int P>
 void score_panels(const float* tile, const float* panels, int64_t dim, int64_t count,

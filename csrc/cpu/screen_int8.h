@@ -20,85 +20,79 @@ constexpr int kInt8TileRows = 14;
 // A panel: starts, scales gamma, then four bytes a code for every four elements.
 inline int64_t int8_panel_words(int64_t dim) { return kPanelWidth * (round_up(dim, 4) / 4 + 2); }
 
-inline void pack_int8(const Codebook& book, const float* frame, int64_t begin, int64_t end,
-                      float* panels, const PanelBounds& bounds) {
-  dispatch(book.codes.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t dim = book.codes.width, padded = round_up(dim, 4);
-    auto row = std::make_unique<float[]>(padded);
-    auto quantized = std::make_unique<uint8_t[]>(padded);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      float* out = panels + (panel - begin) * int8_panel_words(dim);
-      auto* words = reinterpret_cast<uint32_t*>(out + 2 * kPanelWidth);
-      float largest_code = 0, largest_error = 0;
-      for (int64_t lane = 0; lane < kPanelWidth; ++lane) {
-        float norm;
-        out[lane] = read_code<T>(book, *reinterpret_cast<const Frame*>(frame), panel, lane,
-                                 row.get(), &norm);
-        float largest = 0;
-        for (int64_t d = 0; d < dim; ++d) {
-          const float magnitude = std::fabs(row[d]);
-          largest = magnitude > largest ? magnitude : largest;
-        }
-        const float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
-        out[kPanelWidth + lane] = scale;
-        std::memset(quantized.get(), 128, padded);
-        float parts[16] = {};
-        for (int64_t d = 0; d < dim; ++d) {
-          const int32_t q = int32_t(row[d] * inverse + 128.5f);
-          quantized[d] = uint8_t(q);
-          const float error = row[d] - float(q - 128) * scale;
-          parts[d % 16] += error * error;
-        }
-        float error = 0;
-        for (float part : parts) error += part;
-        largest_code = std::max(largest_code, norm);
-        largest_error = std::max(largest_error, std::sqrt(error) * (1 + 1e-5f) + norm * 1e-6f);
-        for (int64_t d = 0; d < padded; d += 4) {
-          std::memcpy(words + d / 4 * kPanelWidth + lane, quantized.get() + d, 4);
-        }
-      }
-      bounds.code[panel - begin] = largest_code;
-      bounds.error[panel - begin] = largest_error;
-    }
-  });
-}
-
 // What the screen knows of a row beside its bytes.
 struct Int8Row {
   float scale;    // xi
   int32_t start;  // -128 sum(u)
 };
 
-// Quantizes one framed row into every R-th word of `tile`.
+// A vector as bytes: round(v * inverse), with the sums that the row and its bound need.
+struct Quantizer {
+  __m512 inverse, scale, squares = _mm512_setzero_ps(), errors = _mm512_setzero_ps();
+  __m512i sum = _mm512_setzero_si512();
+
+  __m128i bytes(__m512 v) {
+    const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v, inverse));
+    const __m512 held = _mm512_mul_ps(_mm512_cvtepi32_ps(q), scale);
+    const __m512 error = _mm512_sub_ps(v, held);
+    squares = _mm512_fmadd_ps(held, held, squares);
+    errors = _mm512_fmadd_ps(error, error, errors);
+    sum = _mm512_add_epi32(sum, q);
+    return _mm512_cvtepi32_epi8(q);
+  }
+};
+
+// Quantizes one framed row, padded with zeros to whole vectors, into every `step`-th word of
+// `tile`. norm and error bound |xi u| and |x' - xi u| from above. A row that is not finite gives
+// zeros; the caller does not use its scores.
 inline Int8Row quantize_row(const float* row, int64_t dim, int64_t step, uint32_t* tile,
-                            uint8_t* bytes, float* norm, float* error_norm) {
-  float largest = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    const float magnitude = std::fabs(row[d]);
-    largest = magnitude > largest ? magnitude : largest;
+                            float* norm, float* error) {
+  __m512 largest = _mm512_setzero_ps();
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(row + d)));
   }
-  const bool usable = largest > 0 && largest < kInfinity;
-  const float scale = usable ? largest / 127 : 0, inverse = usable ? 127 / largest : 0;
-  float squares[16] = {}, errors[16] = {};
-  int32_t sum = 0;
-  for (int64_t d = 0; d < dim; ++d) {
-    const int32_t q = usable ? int32_t(row[d] * inverse + 128.5f) - 128 : 0;
-    bytes[d] = uint8_t(int8_t(q));
-    sum += q;
-    const float held = float(q) * scale, error = row[d] - held;
-    squares[d % 16] += held * held;
-    errors[d % 16] += error * error;
+  const float most = _mm512_reduce_max_ps(largest);
+  const bool usable = most > 0 && most < kInfinity;
+  const float scale = usable ? most / 127 : 0;
+  Quantizer quantizer{_mm512_set1_ps(usable ? 127 / most : 0), _mm512_set1_ps(scale)};
+  const int64_t words = round_up(dim, 4) / 4;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    alignas(16) uint32_t four[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(four),
+                    quantizer.bytes(_mm512_loadu_ps(row + d)));
+    for (int64_t w = d / 4; w < std::min(words, d / 4 + 4); ++w) tile[w * step] = four[w - d / 4];
   }
-  float square = 0, error = 0;
-  for (int i = 0; i < 16; ++i) square += squares[i], error += errors[i];
-  *norm = std::sqrt(square) * (1 + 1e-5f);
-  *error_norm = std::sqrt(error) * (1 + 1e-5f) + *norm * 1e-6f;
-  for (int64_t d = dim; d < round_up(dim, 4); ++d) bytes[d] = 0;
-  for (int64_t d = 0; d < round_up(dim, 4); d += 4) {
-    std::memcpy(tile + d / 4 * step, bytes + d, 4);
-  }
-  return {scale, -128 * sum};
+  *norm = std::sqrt(_mm512_reduce_add_ps(quantizer.squares)) * (1 + 1e-5f);
+  *error = std::sqrt(_mm512_reduce_add_ps(quantizer.errors)) * (1 + 1e-5f) + *norm * 1e-6f;
+  return {scale, -128 * _mm512_reduce_add_epi32(quantizer.sum)};
+}
+
+inline void pack_int8(const Codebook& book, const float* frame, int64_t begin, int64_t end,
+                      float* panels, const PanelBounds& bounds) {
+  dispatch(book.codes.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t dim = book.codes.width, words = round_up(dim, 4) / 4;
+    auto row = std::make_unique<float[]>(round_up(dim, kLanes));
+    auto bytes = std::make_unique<uint32_t[]>(words);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      float* out = panels + (panel - begin) * int8_panel_words(dim);
+      auto* codes = reinterpret_cast<uint32_t*>(out + 2 * kPanelWidth);
+      float largest_code = 0, largest_error = 0;
+      for (int64_t lane = 0; lane < kPanelWidth; ++lane) {
+        float norm, held, error;
+        out[lane] = read_code<T>(book, *reinterpret_cast<const Frame*>(frame), panel, lane,
+                                 row.get(), &norm);
+        out[kPanelWidth + lane] = quantize_row(row.get(), dim, 1, bytes.get(), &held, &error).scale;
+        largest_code = std::max(largest_code, norm);
+        largest_error = std::max(largest_error, error);
+        for (int64_t w = 0; w < words; ++w) {
+          codes[w * kPanelWidth + lane] = bytes[w] ^ 0x80808080u;  // q + 128
+        }
+      }
+      bounds.code[panel - begin] = largest_code;
+      bounds.error[panel - begin] = largest_error;
+    }
+  });
 }
 
 // GCC 12 copies registers around the intrinsic of this instruction; spelled out it does not.
