@@ -29,7 +29,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "gather_codes": ("cpu", "triton"),
     "code_statistics": ("cpu", "triton"),
     "quantize": ("cpu", "triton"),
-    "timestep_embedding": ("cpu",),
+    "ema_update": ("cpu",),
 }
 
 # Candidates in order of preference, best first. GPU: an estimate until measured on a GPU.

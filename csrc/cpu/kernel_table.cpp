@@ -2,6 +2,7 @@
 #include "kernel_table.h"
 
 #include "code_statistics_kernel.h"
+#include "ema_update_kernel.h"
 #include "gather_codes_kernel.h"
 #include "nearest_code_kernel.h"
 #include "quantize_kernel.h"
@@ -13,7 +14,7 @@ vqkernels_kernel_table() {
       kKernelTableVersion, VQKERNELS_CAPABILITY, kPanelWidth,     kTileRows,
       kInt8Screen,         choose_frame,         pack_panels,     hide_duplicates,
       nearest_code,        gather_codes,         code_counts,     code_sums,
-      quantize_rows,       quantize_backward_x,
+      quantize_rows,       quantize_backward_x,  ema_sizes,       ema_codes,
   };
   return &table;
 }

@@ -14,6 +14,9 @@ enum class Metric : int32_t { l2 = 0, dot = 1, cosine = 2 };
 // How a search scores codes before it decides in float64: in fp32, or in int8.
 enum class Screen : int32_t { fp32 = 0, int8 = 1 };
 
+// How the gradient of a quantized row reaches its x.
+enum class Gradient : int32_t { none = 0, straight_through = 1, rotation = 2 };
+
 struct Codebook {
   Rows codes;
   Metric metric = Metric::l2;
@@ -27,6 +30,15 @@ struct NearestTask {
   Screen screen = Screen::fp32;
   int64_t row_begin = 0, row_end = 0;
   int64_t panel_begin = 0, panel_end = 0;
+};
+
+// One EMA step of one book: what it reads and what it writes, [K] or [K, D] each.
+struct EmaStep {
+  const float *cluster_size, *embed_sum, *counts, *sums;
+  float *new_codebook, *new_cluster_size, *new_embed_sum;
+  int64_t codebook_size, width;
+  float decay;
+  double eps;
 };
 
 struct KernelTable {
@@ -59,8 +71,11 @@ struct KernelTable {
   double (*quantize_rows)(const Rows& x, const Rows& codes, const int64_t* indices,
                           const bool* kept, const Rows& out, int64_t row_begin, int64_t row_end);
   void (*quantize_backward_x)(const Rows& x, const Rows& codes, const int64_t* indices,
-                              const Rows* grad_quantized, float loss_scale, const Rows& grad_x,
-                              int64_t row_begin, int64_t row_end);
+                              const Rows* grad_quantized, Gradient gradient, float loss_scale,
+                              const Rows& grad_x, int64_t row_begin, int64_t row_end);
+
+  double (*ema_sizes)(const EmaStep& step, int64_t code_begin, int64_t code_end);
+  void (*ema_codes)(const EmaStep& step, double total, int64_t code_begin, int64_t code_end);
 };
 
 constexpr int32_t kKernelTableVersion = 1;

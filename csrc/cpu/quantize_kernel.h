@@ -2,159 +2,125 @@
 // Bytes: rows x width read (x, and the gradient) and written once; codes stay in cache.
 #pragma once
 
-#include <algorithm>
+#include <cmath>
 #include <limits>
-#include <type_traits>
 
 #include "kernel_table.h"
+#include "row_access.h"
+#include "scratch.h"
 
 namespace vqkernels {
 namespace {
 
-// Calls f(d, r) for every element of a block of rows, along whichever of the two is contiguous.
-constexpr int64_t kRowsAtOnce = 64;
-
-template <typename F>
-inline void for_each_element(int64_t width, int64_t rows, bool row_major, const F& f) {
-  if (row_major) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t d = 0; d < width; ++d) f(r, d);
-    }
-  } else {
-    for (int64_t d = 0; d < width; ++d) {
-      for (int64_t r = 0; r < rows; ++r) f(r, d);
-    }
-  }
-}
-
-template <typename T>
-inline T* element_pointer(const Rows& rows, int64_t row) {
-  return static_cast<T*>(rows.data) + rows.offset(row);
-}
-
-template <typename X, typename C>
-double quantize_block(const Rows& x, const Rows& codes, const int64_t* indices, const bool* kept,
-                      const Rows& out, int64_t begin, int64_t count) {
-  double sum = 0;
-  const bool row_major = x.col_stride == 1 && out.col_stride == 1 && codes.col_stride == 1;
-  if (row_major) {
-    for (int64_t r = begin; r < begin + count; ++r) {
-      const X* from = element_pointer<const X>(x, r);
-      X* to = element_pointer<X>(out, r);
-      if (indices[r] < 0) {
-        const bool hidden = kept != nullptr && !kept[r];
-        const float blank = hidden ? 0.0f : std::numeric_limits<float>::quiet_NaN();
-        std::fill(to, to + x.width, from_float<X>(blank));
-        continue;
-      }
-      const C* code = element_pointer<const C>(codes, indices[r]);
-      constexpr int kParts = 16;
-      float parts[kParts] = {};
-      int64_t d = 0;
-      for (; d + kParts <= x.width; d += kParts) {
-        for (int i = 0; i < kParts; ++i) {
-          const float value = to_float(code[d + i]), difference = to_float(from[d + i]) - value;
-          to[d + i] = from_float<X>(value);
-          parts[i] += difference * difference;
-        }
-      }
-      for (; d < x.width; ++d) {
-        const float value = to_float(code[d]), difference = to_float(from[d]) - value;
-        to[d] = from_float<X>(value);
-        parts[0] += difference * difference;
-      }
-      double row_sum = 0;
-      for (float part : parts) row_sum += part;
-      sum += row_sum;
-    }
+// Sums in sixteen interleaved parts: vectorizes, and loses less than one long sum.
+struct Parts {
+  static constexpr int kCount = 16;
+  float values[kCount] = {};
+  float total() const {
+    float sum = 0;
+    for (float value : values) sum += value;
     return sum;
   }
-  const X* from[kRowsAtOnce];
-  X* to[kRowsAtOnce];
-  const C* code[kRowsAtOnce];
-  float blank[kRowsAtOnce];
-  double sums[kRowsAtOnce] = {};
-  for (int64_t r = 0; r < count; ++r) {
-    from[r] = element_pointer<const X>(x, begin + r);
-    to[r] = element_pointer<X>(out, begin + r);
-    const int64_t index = indices[begin + r];
-    code[r] = index < 0 ? nullptr : element_pointer<const C>(codes, index);
-    const bool hidden = kept != nullptr && !kept[begin + r];
-    blank[r] = hidden ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+};
+
+template <typename F>
+inline Parts sum_over(int64_t width, const F& term) {
+  Parts parts;
+  int64_t d = 0;
+  for (; d + Parts::kCount <= width; d += Parts::kCount) {
+    for (int i = 0; i < Parts::kCount; ++i) parts.values[i] += term(d + i);
   }
-  for_each_element(x.width, count, false, [&](int64_t r, int64_t d) {
-    if (code[r] == nullptr) {
-      to[r][d * out.col_stride] = from_float<X>(blank[r]);
-      return;
-    }
-    const float value = to_float(code[r][d * codes.col_stride]);
-    const float difference = to_float(from[r][d * x.col_stride]) - value;
-    to[r][d * out.col_stride] = from_float<X>(value);
-    sums[r] += double(difference) * difference;
-  });
-  for (int64_t r = 0; r < count; ++r) sum += sums[r];
-  return sum;
+  for (; d < width; ++d) parts.values[0] += term(d);
+  return parts;
 }
 
 inline double quantize_rows(const Rows& x, const Rows& codes, const int64_t* indices,
                             const bool* kept, const Rows& out, int64_t row_begin,
                             int64_t row_end) {
+  const int64_t width = x.width;
+  Scratch scratch(3 * width);
+  float* x_buffer = scratch.take<float>(width);
+  float* code_buffer = scratch.take<float>(width);
+  float* out_buffer = scratch.take<float>(width);
   double sum = 0;
-  dispatch(x.dtype, [&](auto* x_type) {
-    dispatch(codes.dtype, [&](auto* code_type) {
-      using X = std::remove_pointer_t<decltype(x_type)>;
-      using C = std::remove_pointer_t<decltype(code_type)>;
-      for (int64_t begin = row_begin; begin < row_end; begin += kRowsAtOnce) {
-        const int64_t count = std::min(kRowsAtOnce, row_end - begin);
-        sum += quantize_block<X, C>(x, codes, indices, kept, out, begin, count);
-      }
-    });
-  });
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    float* to = row_target(out, row, out_buffer);
+    if (indices[row] < 0) {
+      const bool hidden = kept != nullptr && !kept[row];
+      std::fill(to, to + width, hidden ? 0.0f : std::numeric_limits<float>::quiet_NaN());
+    } else {
+      const float* from = read_row(x, row, x_buffer);
+      const float* code = read_row(codes, indices[row], code_buffer);
+      std::copy(code, code + width, to);
+      sum += sum_over(width, [&](int64_t d) {
+               const float difference = from[d] - code[d];
+               return difference * difference;
+             }).total();
+    }
+    write_row(out, row, to);
+  }
   return sum;
 }
 
-template <typename X, typename C>
-void backward_block(const Rows& x, const Rows& codes, const int64_t* indices,
-                    const Rows* grad_quantized, float loss_scale, const Rows& grad_x,
-                    int64_t begin, int64_t count) {
-  const X* from[kRowsAtOnce];
-  const X* passed[kRowsAtOnce];
-  const C* code[kRowsAtOnce];
-  X* to[kRowsAtOnce];
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t index = indices[begin + r];
-    from[r] = element_pointer<const X>(x, begin + r);
-    to[r] = element_pointer<X>(grad_x, begin + r);
-    passed[r] = grad_quantized ? element_pointer<const X>(*grad_quantized, begin + r) : nullptr;
-    code[r] = index < 0 ? nullptr : element_pointer<const C>(codes, index);
-  }
-  const int64_t passed_stride = grad_quantized ? grad_quantized->col_stride : 0;
-  for_each_element(x.width, count, x.col_stride == 1, [&](int64_t r, int64_t d) {
-    float grad = 0;
-    if (code[r] != nullptr) {
-      if (passed[r] != nullptr) grad = to_float(passed[r][d * passed_stride]);
-      if (loss_scale != 0) {
-        const float value = to_float(code[r][d * codes.col_stride]);
-        grad += loss_scale * (to_float(from[r][d * x.col_stride]) - value);
-      }
-    }
-    to[r][d * grad_x.col_stride] = from_float<X>(grad);
-  });
+// grad = pass * g + on_x * x + on_code * code, before the loss's share.
+struct GradientMix {
+  float pass, on_x, on_code;
+};
+
+// The rotation trick (Fifty et al., arXiv:2410.06424): the code counts as lambda R x, where R turns
+// x's direction u into the code's v and lambda is the ratio of their lengths, both constant:
+// grad = lambda (g - 2 w (w.g) + 2 u (v.g)) with w = (u + v) / |u + v|.
+inline GradientMix rotation_mix(const float* g, const float* x, const float* code, int64_t width) {
+  constexpr float kEps = 1e-6f;
+  const float xx = sum_over(width, [&](int64_t d) { return x[d] * x[d]; }).total();
+  const float cc = sum_over(width, [&](int64_t d) { return code[d] * code[d]; }).total();
+  const float xc = sum_over(width, [&](int64_t d) { return x[d] * code[d]; }).total();
+  const float xg = sum_over(width, [&](int64_t d) { return x[d] * g[d]; }).total();
+  const float cg = sum_over(width, [&](int64_t d) { return code[d] * g[d]; }).total();
+  const float size_x = std::sqrt(xx), size_c = std::sqrt(cc);
+  const float norm_x = std::max(size_x, kEps), norm_c = std::max(size_c, kEps);
+  const float u_g = xg / norm_x, v_g = cg / norm_c, u_v = xc / (norm_x * norm_c);
+  const float unit_x = size_x / norm_x, unit_c = size_c / norm_c;
+  const float w_square = unit_x * unit_x + unit_c * unit_c + 2 * u_v;
+  const float w_g = (u_g + v_g) / std::max(w_square, kEps * kEps);
+  const float lambda = size_c / norm_x;
+  return {lambda, lambda * 2 * (v_g - w_g) / norm_x, lambda * -2 * w_g / norm_c};
 }
 
 inline void quantize_backward_x(const Rows& x, const Rows& codes, const int64_t* indices,
-                                const Rows* grad_quantized, float loss_scale, const Rows& grad_x,
-                                int64_t row_begin, int64_t row_end) {
-  dispatch(x.dtype, [&](auto* x_type) {
-    dispatch(codes.dtype, [&](auto* code_type) {
-      using X = std::remove_pointer_t<decltype(x_type)>;
-      using C = std::remove_pointer_t<decltype(code_type)>;
-      for (int64_t begin = row_begin; begin < row_end; begin += kRowsAtOnce) {
-        const int64_t count = std::min(kRowsAtOnce, row_end - begin);
-        backward_block<X, C>(x, codes, indices, grad_quantized, loss_scale, grad_x, begin, count);
+                                const Rows* grad_quantized, Gradient gradient, float loss_scale,
+                                const Rows& grad_x, int64_t row_begin, int64_t row_end) {
+  const int64_t width = x.width;
+  Scratch scratch(4 * width);
+  float* x_buffer = scratch.take<float>(width);
+  float* code_buffer = scratch.take<float>(width);
+  float* grad_buffer = scratch.take<float>(width);
+  float* out_buffer = scratch.take<float>(width);
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    float* to = row_target(grad_x, row, out_buffer);
+    if (indices[row] < 0) {
+      std::fill(to, to + width, 0.0f);
+      write_row(grad_x, row, to);
+      continue;
+    }
+    const float* from = read_row(x, row, x_buffer);
+    const float* code = read_row(codes, indices[row], code_buffer);
+    if (grad_quantized == nullptr || gradient == Gradient::none) {
+      for (int64_t d = 0; d < width; ++d) to[d] = loss_scale * (from[d] - code[d]);
+    } else {
+      const float* g = read_row(*grad_quantized, row, grad_buffer);
+      if (gradient == Gradient::straight_through) {
+        for (int64_t d = 0; d < width; ++d) to[d] = g[d] + loss_scale * (from[d] - code[d]);
+      } else {
+        const GradientMix mix = rotation_mix(g, from, code, width);
+        for (int64_t d = 0; d < width; ++d) {
+          to[d] = mix.pass * g[d] + mix.on_x * from[d] + mix.on_code * code[d] +
+                  loss_scale * (from[d] - code[d]);
+        }
       }
-    });
-  });
+    }
+    write_row(grad_x, row, to);
+  }
 }
 
 }  // namespace

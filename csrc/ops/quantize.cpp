@@ -92,14 +92,17 @@ Tensor quantize_backward_x(const std::optional<Tensor>& grad_quantized,
   Tensor grad_x = torch::stable::empty_like(x);
   Labels<int64_t> labels(indices, books);
   const float scale = grad_commitment ? loss_scale(*grad_commitment, labels, books, dim) : 0.0f;
-  const bool passes = grad_quantized && gradient == "straight_through";
+  const Gradient way = gradient == "straight_through" ? Gradient::straight_through
+                       : gradient == "rotation"       ? Gradient::rotation
+                                                      : Gradient::none;
   for (int64_t group = 0; group < books; ++group) {
     const auto rows = [&](const Tensor& t) { return grouped ? rows_of(t, group) : rows_of(t); };
     const Rows x_rows = rows(x), out = rows(grad_x), codes = codes_of(codebook, group);
-    const Rows passed = passes ? rows(*grad_quantized) : Rows{};
+    const Rows passed = grad_quantized ? rows(*grad_quantized) : Rows{};
     parallel_chunks(x_rows.count, dim, [&](int64_t, int64_t begin, int64_t end) {
-      kernels().quantize_backward_x(x_rows, codes, labels.of(group), passes ? &passed : nullptr,
-                                    scale, out, begin, end);
+      kernels().quantize_backward_x(x_rows, codes, labels.of(group),
+                                    grad_quantized ? &passed : nullptr, way, scale, out, begin,
+                                    end);
     });
   }
   return grad_x;

@@ -47,7 +47,7 @@ def attention(
         check_floating(name, tensor)
         check_same_device(name, tensor, "q", q)
         if tensor.dim() != 4:
-            raise ValueError(f"{name} must have shape [B, H, N, d], got {list(tensor.shape)}")
+            raise ValueError(f"{name} must be [B, H, N, d], got shape {list(tensor.shape)}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
     _check_shapes(q, k, v, enable_gqa)
@@ -70,9 +70,11 @@ def attention(
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
     batch, heads, _, dim = q.shape
     if k.shape[0] != batch or k.shape[3] != dim:
-        raise ValueError(f"k must have shape [{batch}, H, M, {dim}], got {list(k.shape)}")
+        raise ValueError(f"k must be [{batch}, H, M, {dim}], got shape {list(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must have shape {[*k.shape[:3]]} + [e], got {list(v.shape)}")
+        raise ValueError(
+            f"v must be [{batch}, {k.shape[1]}, {k.shape[2]}, e], got shape {list(v.shape)}"
+        )
     if k.shape[1] != heads and not enable_gqa:
         raise ValueError(f"k must have q's {heads} heads, got {k.shape[1]} (see enable_gqa)")
     if k.shape[1] == 0 or heads % k.shape[1]:

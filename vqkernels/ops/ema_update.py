@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from vqkernels.backends import select
 from vqkernels.ops._checks import check_codebook, check_labels
+from vqkernels.ops._library import define, fake, not_differentiable
 from vqkernels.reference import ema_update as reference
+
+_ema_update = define(
+    "ema_update(Tensor codebook, Tensor cluster_size, Tensor embed_sum, Tensor counts, Tensor sums,"
+    " Tensor decay, float eps) -> (Tensor, Tensor, Tensor)",
+    lambda codebook, cluster_size, embed_sum, counts, sums, decay, eps: reference.ema_update(
+        codebook, cluster_size, embed_sum, counts, sums, decay=decay, eps=eps
+    ),
+)
+
+
+@fake(_ema_update)
+def _(
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_sum: Tensor,
+    counts: Tensor,
+    sums: Tensor,
+    decay: Tensor,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        codebook.new_empty(codebook.shape),
+        cluster_size.new_empty(cluster_size.shape),
+        embed_sum.new_empty(embed_sum.shape),
+    )
+
+
+not_differentiable(_ema_update, "an EMA codebook has no gradient; detach its tensors")
 
 
 def ema_update(
@@ -38,11 +70,19 @@ def ema_update(
         (codebook, cluster_size, embed_sum), new tensors.
     """
     check_codebook(codebook)
-    statistics = (cluster_size.dtype,)
+    statistics = (torch.float32,)
     check_labels("cluster_size", cluster_size, codebook.shape[:-1], statistics)
     check_labels("counts", counts, codebook.shape[:-1], statistics)
     check_labels("embed_sum", embed_sum, codebook.shape, statistics)
     check_labels("sums", sums, codebook.shape, statistics)
-    return reference.ema_update(
-        codebook, cluster_size, embed_sum, counts, sums, decay=decay, eps=eps
+    if not isinstance(decay, Tensor):
+        decay = torch.tensor(decay, dtype=torch.float32, device=codebook.device)
+    if decay.numel() != 1 or decay.dtype != torch.float32:
+        raise ValueError(
+            f"decay must be a number or one float32 value, got {decay.dtype} {list(decay.shape)}"
+        )
+    backend = select("ema_update", codebook, cluster_size)
+    new_codebook, new_size, new_sum = _ema_update(
+        codebook, cluster_size, embed_sum, counts, sums, decay, eps, backend
     )
+    return new_codebook, new_size, new_sum

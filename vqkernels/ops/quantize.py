@@ -19,7 +19,7 @@ from vqkernels.ops._library import define, differentiable, fake, not_differentia
 from vqkernels.ops.nearest_code import check_packed
 from vqkernels.reference import quantize as reference
 
-GRADIENTS = ("straight_through", "none")
+GRADIENTS = ("straight_through", "rotation", "none")
 
 
 class QuantizeOutput(NamedTuple):
@@ -169,7 +169,9 @@ def quantize(
             the chosen code under every metric.
         mask: optional bool, x's shape without D. False marks a position to leave out: index -1,
             zeros, no loss, no count, no gradient.
-        gradient: of `quantized` towards x. "straight_through" copies it, "none" stops it.
+        gradient: of `quantized` towards x. "straight_through" copies it; "rotation" turns and
+            scales it as x would have to be to become its code (the rotation trick, Fifty et al.,
+            arXiv:2410.06424); "none" stops it.
         packed: `pack_codebook(codebook, metric=metric)` of a frozen book.
 
     Returns:

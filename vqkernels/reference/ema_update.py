@@ -14,9 +14,10 @@ def ema_update(
     decay: Tensor | float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    new_size = torch.lerp(counts, cluster_size, decay)  # [..., K]
-    new_sum = torch.lerp(sums, embed_sum, decay)  # [..., K, D]
+    weight = torch.as_tensor(decay, dtype=torch.float64, device=counts.device)
+    new_size = torch.lerp(counts.double(), cluster_size.double(), weight)  # [..., K]
+    new_sum = torch.lerp(sums.double(), embed_sum.double(), weight)  # [..., K, D]
     total = new_size.sum(-1, keepdim=True)
     smoothed = (new_size + eps) / (total + new_size.shape[-1] * eps) * total
-    new_codebook = (new_sum / smoothed[..., None]).to(codebook.dtype)
-    return new_codebook, new_size, new_sum
+    new_codebook = new_sum / smoothed[..., None]
+    return new_codebook.to(codebook.dtype), new_size.float(), new_sum.float()

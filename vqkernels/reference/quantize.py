@@ -53,11 +53,29 @@ def quantize_backward_x(
     grad = torch.zeros_like(x, dtype=torch.float64)
     if grad_quantized is not None and gradient == "straight_through":
         grad = grad + grad_quantized.double()
+    if grad_quantized is not None and gradient == "rotation":
+        grad = grad + rotated_gradient(grad_quantized, x, gather_codes(codebook, indices))
     if grad_commitment is not None:
         elements = (found.sum() * x.shape[-1]).clamp(min=1)
         difference = x.double() - gather_codes(codebook, indices).double()
         grad = grad + grad_commitment.double() * 2 / elements * difference
     return torch.empty_like(x).copy_(torch.where(found, grad, 0.0))
+
+
+def rotated_gradient(grad: Tensor, x: Tensor, code: Tensor) -> Tensor:
+    """lambda (g - 2 w (w.g) + 2 u (v.g)) in float64, with u and v the directions of x and the code,
+    w that of u + v, lambda = |code| / |x|. Source: Fifty et al., arXiv:2410.06424, section 4.2."""
+    g, x, code = grad.double(), x.double(), code.double()
+    norm_x = x.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    size = code.norm(dim=-1, keepdim=True)
+    u, v = x / norm_x, code / size.clamp(min=1e-6)
+    w = u + v
+    w = w / w.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+
+    def along(a: Tensor) -> Tensor:
+        return (a * g).sum(-1, keepdim=True)
+
+    return size / norm_x * (g - 2 * w * along(w) + 2 * u * along(v))
 
 
 def quantize_backward_codebook(
