@@ -52,7 +52,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_setting = _checked(os.environ.get("VQKERNELS_BACKEND", "auto"), "VQKERNELS_BACKEND")
+_setting = _checked(os.environ.get("VQKERNELS_BACKEND") or "auto", "VQKERNELS_BACKEND")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@
 namespace vqkernels {
 
 struct Rows {
-  static constexpr int kMaxRank = 8;
+  static constexpr int kMaxRank = 64;  // torch's own limit
 
   void* data = nullptr;
   DType dtype = DType::f32;

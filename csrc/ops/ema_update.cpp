@@ -10,9 +10,8 @@ std::tuple<Tensor, Tensor, Tensor> ema_update(const Tensor& codebook, const Tens
                                               const Tensor& embed_sum, const Tensor& counts,
                                               const Tensor& sums, const Tensor& decay,
                                               double eps) {
-  using torch::stable::contiguous;
-  const Tensor sizes = contiguous(cluster_size), before = contiguous(embed_sum);
-  const Tensor fresh_counts = contiguous(counts), fresh_sums = contiguous(sums);
+  const Tensor sizes = dense(cluster_size), before = dense(embed_sum);
+  const Tensor fresh_counts = dense(counts), fresh_sums = dense(sums);
   Tensor new_codebook = empty(codebook.sizes(), ScalarType::Float, codebook);
   Tensor new_sizes = empty(cluster_size.sizes(), ScalarType::Float, codebook);
   Tensor new_sums = empty(codebook.sizes(), ScalarType::Float, codebook);

@@ -15,9 +15,9 @@ Tensor gather_codes(const Tensor& codebook, const Tensor& indices) {
   Tensor out = empty(shape, codebook.scalar_type(), codebook);
 
   // With G books, `[..., G, N]` is a sequence of runs of N indices whose books take turns.
-  const Tensor dense = torch::stable::contiguous(indices);
-  const int64_t run = books > 1 ? sizes[sizes.size() - 1] : dense.numel();
-  const int64_t runs = run == 0 ? 0 : dense.numel() / run;
+  const Tensor labels = dense(indices);
+  const int64_t run = books > 1 ? sizes[sizes.size() - 1] : labels.numel();
+  const int64_t runs = run == 0 ? 0 : labels.numel() / run;
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / dim);
   std::atomic<int64_t> outside{0};
   for (int64_t r = 0; r < runs; ++r) {
@@ -25,7 +25,7 @@ Tensor gather_codes(const Tensor& codebook, const Tensor& indices) {
     rows.data = static_cast<char*>(out.data_ptr()) + r * run * dim * out.element_size();
     const Rows codes = codes_of(codebook, r % books);
     parallel(run, grain, [&](int64_t begin, int64_t end) {
-      outside += kernels().gather_codes(codes, data<int64_t>(dense) + r * run, rows, begin, end);
+      outside += kernels().gather_codes(codes, data<int64_t>(labels) + r * run, rows, begin, end);
     });
   }
   if (outside > 0) {

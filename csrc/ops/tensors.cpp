@@ -23,9 +23,6 @@ Rows rows_of(const Tensor& tensor, std::optional<int64_t> group) {
       rows.strides[rows.rank - 1] = stride;
       continue;
     }
-    if (rows.rank == Rows::kMaxRank) {
-      throw std::invalid_argument("a tensor may have at most 8 separately strided dimensions");
-    }
     rows.sizes[rows.rank] = size;
     rows.strides[rows.rank++] = stride;
   }

@@ -57,18 +57,21 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+inline Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // One int64 (or bool, or float) a row, dense and in row order of its group. Tensors of labels are
 // `[..., N]` or `[..., G, N]`; with groups they are regrouped, which moves N numbers, not N x D.
 template <typename T>
 class Labels {
  public:
   Labels(const Tensor& labels, int64_t groups) : groups_(groups) {
-    const Tensor dense = torch::stable::contiguous(labels);
-    inner_ = groups > 1 ? dense.size(dense.dim() - 1) : dense.numel();
-    outer_ = inner_ == 0 ? 0 : dense.numel() / (groups * inner_);
-    source_ = dense;
-    if (groups > 1) values_ = std::make_unique<T[]>(dense.numel());
-    if (groups > 1) each([&](int64_t from, int64_t to) { values_[to] = data<T>(dense)[from]; });
+    source_ = dense(labels);
+    inner_ = groups > 1 ? source_.size(source_.dim() - 1) : source_.numel();
+    outer_ = inner_ == 0 ? 0 : source_.numel() / (groups * inner_);
+    if (groups > 1) values_ = std::make_unique<T[]>(source_.numel());
+    if (groups > 1) each([&](int64_t from, int64_t to) { values_[to] = data<T>(source_)[from]; });
   }
 
   // Dense labels of one group, `rows` of them.

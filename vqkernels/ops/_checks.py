@@ -38,7 +38,7 @@ def check_codebook(codebook: Tensor) -> None:
     check_floating("codebook", codebook)
     if codebook.dim() not in (2, 3):
         raise ValueError(f"codebook must be [K, D] or [G, K, D], got shape {_shape(codebook)}")
-    if codebook.shape[-2] == 0 or codebook.shape[-1] == 0:
+    if codebook.numel() == 0:
         raise ValueError(f"codebook must hold at least one code, got shape {_shape(codebook)}")
     if codebook.shape[-2] >= 1 << 31:
         raise ValueError(f"codebook must hold fewer than 2^31 codes, got {codebook.shape[-2]}")

@@ -75,6 +75,7 @@ def code_statistics(
     if weights is not None:
         halves = (torch.float32, torch.float16, torch.bfloat16)
         check_labels("weights", weights, x.shape[:-1], halves)
+        check_same_device("weights", weights, "x", x)
         weights = weights.to(torch.float32)
     backend = select("code_statistics", x, indices)
     counts, sums = _code_statistics(x, indices, codebook_size, weights, books or 0, backend)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.backends import select
-from vqkernels.ops._checks import check_codebook, check_labels
+from vqkernels.ops._checks import check_codebook, check_labels, check_same_device
 from vqkernels.ops._library import define, fake, not_differentiable
 from vqkernels.reference import ema_update as reference
 
@@ -75,7 +75,16 @@ def ema_update(
     check_labels("counts", counts, codebook.shape[:-1], statistics)
     check_labels("embed_sum", embed_sum, codebook.shape, statistics)
     check_labels("sums", sums, codebook.shape, statistics)
+    for name, value in (
+        ("cluster_size", cluster_size),
+        ("embed_sum", embed_sum),
+        ("counts", counts),
+        ("sums", sums),
+    ):
+        check_same_device(name, value, "codebook", codebook)
     if not isinstance(decay, Tensor):
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay must lie in [0, 1], got {decay}")
         decay = torch.tensor(decay, dtype=torch.float32, device=codebook.device)
     if decay.numel() != 1 or decay.dtype != torch.float32:
         raise ValueError(

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from vqkernels.backends import select
-from vqkernels.ops._checks import METRICS, check_choice, check_codebook, check_rows, check_tensor
+from vqkernels.ops._checks import (
+    METRICS,
+    check_choice,
+    check_codebook,
+    check_rows,
+    check_same_device,
+    check_tensor,
+)
 from vqkernels.ops._library import define, fake
 from vqkernels.reference import nearest_code as reference
 
@@ -42,12 +49,13 @@ def nearest_code(
 ) -> Tensor:
     """Index of each row's nearest code. PyTorch equivalent: `torch.cdist(x, codebook).argmin(-1)`.
 
-    Exactness: with m the CPU kernel's centre (the mean of at most 512 of the codes; zero on other
-    backends and for "dot" and "cosine") and u = 2^-24, the chosen code's squared distance in
+    Exactness, with u = 2^-53 on the CPU backend and u = 2^-24 on Triton, and m = the mean of at
+    most 512 of the codes on the CPU backend for "l2", else 0: the chosen code's squared distance in
     float64 exceeds the smallest by at most `4 (D + 8) u (|x - m| + max_k |c_k - m|)^2`; for "dot"
-    and "cosine" the similarity falls short by at most `4 (D + 8) u |x| max_k |c_k|`.
-    Bitwise-equal codes give the lowest index. Every backend gives the same bits whatever the
-    number of threads or the batch a row came in.
+    and "cosine" the similarity falls short by at most `4 (D + 8) u |x| max_k |c_k|`. (The CPU
+    kernel screens codes in int8 or fp32 and decides every code that the screen's proven bound
+    leaves in float64.) Bitwise-equal codes give the lowest index. A backend gives the same bits
+    whatever the number of threads or the batch that a row came in.
 
     Args:
         x: rows, `[N, D]` or `[..., N, D]` with one book, `[..., G, N, D]` with G books. Any
@@ -108,7 +116,10 @@ def pack_codebook(codebook: Tensor, *, metric: str = "l2") -> Tensor:
 
 def check_packed(packed: Tensor, codebook: Tensor) -> None:
     check_tensor("packed", packed)
+    check_same_device("packed", packed, "codebook", codebook)
     expected = _packed_shape(codebook)
+    if not packed.is_contiguous():
+        raise ValueError("packed must be contiguous, as pack_codebook returns it")
     if packed.dtype != torch.float32 or tuple(packed.shape) != expected:
         raise ValueError(
             f"packed must be pack_codebook(codebook): float32 {list(expected)} for this codebook, "

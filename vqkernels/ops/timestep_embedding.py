@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from vqkernels.backends import select
-from vqkernels.ops._checks import check_floating
+from vqkernels.ops._checks import check_floating, check_tensor
 from vqkernels.ops._library import define, fake, not_differentiable
 from vqkernels.reference import timestep_embedding as reference
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 _timestep_embedding = define(
     "timestep_embedding(Tensor t, SymInt dim, float max_period) -> Tensor",
@@ -44,7 +46,8 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
     Raises:
         TypeError, ValueError: wrong dtype, shape or range.
     """
-    if isinstance(t, Tensor) and not t.is_floating_point():
+    check_tensor("t", t)
+    if t.dtype in _INTEGERS:
         t = t.to(torch.float32)
     check_floating("t", t)
     if t.dim() != 1:

@@ -31,7 +31,7 @@ def labels_restored(labels: Tensor, shape: torch.Size, groups: int | None) -> Te
     """`[G, R]` back to `[..., N]` or `[..., G, N]`; `shape` is the result's."""
     if groups is None:
         return labels.reshape(shape)
-    return labels.reshape(groups, *shape[:-2], shape[-1]).movedim(0, -2)
+    return labels.reshape(groups, *shape[:-2], shape[-1]).movedim(0, -2).contiguous()
 
 
 def group_count(codebook: Tensor) -> int | None:

@@ -13,6 +13,11 @@ def code_statistics(
     rows = x.reshape(1, -1, x.shape[-1]) if not books else x.movedim(-3, 0)
     rows = rows.reshape(max(books, 1), -1, x.shape[-1]).double()  # [G, R, D]
     labels = labels_per_book(indices, books or None)  # [G, R]
+    if ((labels < -1) | (labels >= codebook_size)).any():
+        raise IndexError(
+            f"indices must lie in [-1, {codebook_size - 1}], got values from "
+            f"{int(labels.min())} to {int(labels.max())}"
+        )
     weight = torch.ones_like(labels, dtype=torch.float64)
     if weights is not None:
         weight = labels_per_book(weights, books or None).double()

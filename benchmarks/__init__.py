@@ -1,0 +1,1 @@
+"""`python -m benchmarks` compares with the peers, `pytest benchmarks` times ours alone."""

@@ -1,0 +1,190 @@
+"""The project's performance lines, judged on one run's records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .bench_nearest_code import CALL_OVERHEAD, PACKING_INCLUDED
+from .bench_vector_quantize import PEER
+from .case import OURS
+from .records import Record, grouped, ratio
+
+Row = list[Record]
+
+
+@dataclass(frozen=True)
+class Target:
+    """`value(row)` over the rows that `applies` names has to keep to `limit`, the worst included.
+
+    `value` is None for a row in which one of the two sides was not timed.
+    """
+
+    text: str
+    limit: float
+    at_most: bool
+    unit: str
+    applies: Callable[[Record], bool]
+    value: Callable[[Row], float | None]
+
+    def met(self, seen: float) -> bool:
+        return seen <= self.limit if self.at_most else seen >= self.limit
+
+    def worst(self, rows: Iterable[Row]) -> tuple[float, Record] | None:
+        judged = [
+            (value, row[0])
+            for row in rows
+            if self.applies(row[0]) and (value := self.value(row)) is not None
+        ]
+        pick = max if self.at_most else min
+        return pick(judged, key=lambda pair: pair[0]) if judged else None
+
+
+def _of(provider: str, row: Row) -> Record | None:
+    return next((r for r in row if r.provider == provider and r.timed), None)
+
+
+def _versus(peer: str) -> Callable[[Row], float | None]:
+    return lambda row: ratio(row, OURS, peer)
+
+
+def _floor_share(row: Row) -> float | None:
+    ours = _of(OURS, row)
+    return None if ours is None else ours.floor_share
+
+
+def _memory_beyond_packed(row: Row) -> float | None:
+    ours = _of(OURS, row)
+    if ours is None or ours.peak_mib != ours.peak_mib:
+        return None
+    packed = 0.0 if ours.packed_mib != ours.packed_mib else ours.packed_mib
+    return max(0.0, ours.peak_mib - packed)
+
+
+def _microseconds(row: Row) -> float | None:
+    ours = _of(OURS, row)
+    return None if ours is None else 1e3 * ours.ms_p50
+
+
+def _dimension(record: Record) -> int:
+    return next(int(word[1:]) for word in record.shape.split() if word[0] == "D")
+
+
+def _packing_included(low: int, high: float) -> Callable[[Record], bool]:
+    def applies(record: Record) -> bool:
+        packing = record.op == "nearest_code" and record.mode == PACKING_INCLUDED
+        return packing and low <= _dimension(record) <= high
+
+    return applies
+
+
+def _row(op: str, name: str, *words: str) -> Callable[[Record], bool]:
+    return lambda r: r.op == op and r.name == name and all(w in r.shape.split() for w in words)
+
+
+TARGETS: tuple[Target, ...] = (
+    Target(
+        "nearest_code, D >= 64: at least 0.85 of the fp32 FMA rate",
+        0.85,
+        False,
+        "",
+        _packing_included(64, float("inf")),
+        _floor_share,
+    ),
+    Target(
+        "nearest_code, D = 256: at most 0.92x faiss",
+        0.92,
+        True,
+        "x",
+        _packing_included(256, 256),
+        _versus("faiss"),
+    ),
+    Target(
+        "nearest_code, 32 <= D <= 128: at most 0.85x faiss",
+        0.85,
+        True,
+        "x",
+        _packing_included(32, 128),
+        _versus("faiss"),
+    ),
+    Target(
+        "nearest_code, D = 8: at most 0.15x cdist + argmin",
+        0.15,
+        True,
+        "x",
+        _packing_included(8, 8),
+        _versus("cdist"),
+    ),
+    Target(
+        "nearest_code, (1024, 256, 262144): peak memory at most packed book + 64 MiB",
+        64.0,
+        True,
+        " MiB beyond the packed book",
+        _row("nearest_code", "ibq"),
+        _memory_beyond_packed,
+    ),
+    Target(
+        "VectorQuantize step, (4096, 256, 1024): at most 0.25x vector-quantize-pytorch",
+        0.25,
+        True,
+        "x",
+        _row("vector_quantize", "taming-f16", "N4096", "K1024"),
+        _versus(PEER),
+    ),
+    Target(
+        "VectorQuantize step, llamagen: at most 0.05x vector-quantize-pytorch",
+        0.05,
+        True,
+        "x",
+        _row("vector_quantize", "llamagen"),
+        _versus(PEER),
+    ),
+    Target(
+        "nearest_code, overhead of a call: under 15 us",
+        15.0,
+        True,
+        " us",
+        lambda record: record.op == "nearest_code" and record.mode == CALL_OVERHEAD,
+        _microseconds,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`seen` and `where` are the worst row's; None when no row could be judged."""
+
+    target: Target
+    threads: int
+    seen: float | None
+    where: str
+
+    @property
+    def passed(self) -> bool | None:
+        return None if self.seen is None else self.target.met(self.seen)
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        if self.seen is None:
+            return f"  --   target: {self.target.text} ({threads}): not measured"
+        word = "pass" if self.passed else "FAIL"
+        seen = f"{self.seen:.3g}{self.target.unit}"
+        return f"  {word} target: {self.target.text} ({threads}): seen {seen}, {self.where}"
+
+
+def judge(records: Iterable[Record]) -> list[Verdict]:
+    """One verdict for each target and number of threads that was measured."""
+    records = list(records)
+    verdicts = []
+    for threads in sorted({record.threads for record in records}):
+        rows = list(grouped(r for r in records if r.threads == threads).values())
+        for target in TARGETS:
+            worst = target.worst(rows)
+            if worst is None:
+                verdicts.append(Verdict(target, threads, None, ""))
+            else:
+                seen, record = worst
+                where = f"{record.name} {record.shape}"
+                where += " (other processes were busy: repeat)" if record.busy else ""
+                verdicts.append(Verdict(target, threads, seen, where))
+    return verdicts
