@@ -1,5 +1,5 @@
-"""Builds the native CPU kernels with ninja: one shared object a instruction set, free of torch, and
-one ops object over LibTorch's stable ABI, free of Python.
+"""Builds the native CPU kernels with ninja: one shared object an instruction set, free of torch,
+and one ops object over LibTorch's stable ABI, free of Python.
 
 Environment: VQKERNELS_NATIVE=1 makes a failed native build an error (default: build what can be
 built, say loudly what could not); VQKERNELS_NATIVE=0 skips it. CXX names the compiler.
@@ -8,6 +8,7 @@ built, say loudly what could not); VQKERNELS_NATIVE=0 skips it. CXX names the co
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import os
@@ -60,10 +61,13 @@ def torch_directory() -> Path:
 
 
 def compiler() -> str:
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and shutil.which(name.split()[0]):
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ("g++", "clang++", "c++"):
+        if shutil.which(name.split()[0]):
             return name
-    raise NativeBuildError("no C++ compiler was found (looked for $CXX, g++, clang++, c++)")
+    if asked:
+        raise NativeBuildError(f"the compiler that CXX names was not found: {asked!r}")
+    raise NativeBuildError("no C++ compiler was found (looked for g++, clang++, c++, and $CXX)")
 
 
 def ninja() -> str:
@@ -74,11 +78,19 @@ def ninja() -> str:
     return found
 
 
+def table_version() -> str:
+    """A hash of what the objects agree on, so that those of different builds refuse each other."""
+    headers = sorted([*(ROOT / "csrc/common").glob("*.h"), *(ROOT / "csrc/cpu").glob("*.h")])
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in headers)).digest()
+    return str(int.from_bytes(digest[:4], "little") >> 1)
+
+
 def build_plan(out: Path, with_development_module: bool) -> str:
     """The ninja file: rules, then the kernel tables, the ops object, the development module."""
     torch = torch_directory()
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     capabilities = CAPABILITIES.get(machine, {"portable": ""})
+    common = f"{COMMON} -DVQKERNELS_TABLE_VERSION={table_version()}"
     lines = [
         f"cxx = {compiler()}",
         "rule compile",
@@ -105,14 +117,14 @@ def build_plan(out: Path, with_development_module: bool) -> str:
         table = compile_to(
             f"table_{name}.o",
             ROOT / "csrc/cpu/kernel_table.cpp",
-            f"-std=c++17 {COMMON} {flags} {define}",
+            f"-std=c++17 {common} {flags} {define}",
         )
         link_to(out / f"libvqkernels_cpu_{name}{SUFFIX}", [table], "")
 
     undefined = " -Wl,-undefined,dynamic_lookup" if sys.platform == "darwin" else ""
     includes = f"-isystem {torch / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
     objects = [
-        compile_to(f"ops_{source.stem}.o", source, f"-std=c++20 {COMMON} {includes}")
+        compile_to(f"ops_{source.stem}.o", source, f"-std=c++20 {common} {includes}")
         for source in sorted((ROOT / "csrc/ops").glob("*.cpp"))
     ]
     link_to(
@@ -125,7 +137,7 @@ def build_plan(out: Path, with_development_module: bool) -> str:
         import pybind11
 
         python = sysconfig.get_paths()["include"]
-        flags = f"-std=c++17 {COMMON} -isystem {pybind11.get_include()} -isystem {python}"
+        flags = f"-std=c++17 {common} -isystem {pybind11.get_include()} -isystem {python}"
         module = compile_to("kernels_module.o", ROOT / "csrc/testing/kernels_module.cpp", flags)
         extension = sysconfig.get_config_var("EXT_SUFFIX")
         link_to(out / f"_kernels{extension}", [module], f"-ldl{undefined}")
@@ -162,7 +174,7 @@ class BuildNative(build_ext):
         plan = build_plan(out, with_development_module=bool(self.inplace))
         (directory / "build.ninja").write_text(plan)
         command = [ninja(), "-C", str(directory)]
-        if "MAX_JOBS" in os.environ:
+        if os.environ.get("MAX_JOBS"):
             command.append(f"-j{os.environ['MAX_JOBS']}")
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(done.stdout)

@@ -30,6 +30,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "code_statistics": ("cpu", "triton"),
     "quantize": ("cpu", "triton"),
     "ema_update": ("cpu",),
+    "timestep_embedding": ("cpu",),
 }
 
 # Candidates in order of preference, best first. GPU: an estimate until measured on a GPU.

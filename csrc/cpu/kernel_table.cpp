@@ -6,6 +6,7 @@
 #include "gather_codes_kernel.h"
 #include "nearest_code_kernel.h"
 #include "quantize_kernel.h"
+#include "timestep_embedding_kernel.h"
 
 extern "C" __attribute__((visibility("default"))) const vqkernels::KernelTable*
 vqkernels_kernel_table() {
@@ -15,6 +16,7 @@ vqkernels_kernel_table() {
       kInt8Screen,         choose_frame,         pack_panels,     hide_duplicates,
       nearest_code,        gather_codes,         code_counts,     code_sums,
       quantize_rows,       quantize_backward_x,  ema_sizes,       ema_codes,
+      timestep_embedding,
   };
   return &table;
 }

@@ -76,9 +76,16 @@ struct KernelTable {
 
   double (*ema_sizes)(const EmaStep& step, int64_t code_begin, int64_t code_end);
   void (*ema_codes)(const EmaStep& step, double total, int64_t code_begin, int64_t code_end);
+
+  void (*timestep_embedding)(const float* t, const double* frequencies, int64_t dim,
+                             int64_t begin, int64_t end, float* out);
 };
 
-constexpr int32_t kKernelTableVersion = 1;
+// A hash of these headers, from the build: objects of different builds refuse each other.
+#if !defined(VQKERNELS_TABLE_VERSION)
+#define VQKERNELS_TABLE_VERSION 0
+#endif
+constexpr int32_t kKernelTableVersion = VQKERNELS_TABLE_VERSION;
 
 }  // namespace vqkernels
 

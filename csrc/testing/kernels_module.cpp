@@ -46,6 +46,9 @@ class Table {
     const auto entry = reinterpret_cast<Entry>(dlsym(object, "vqkernels_kernel_table"));
     if (entry == nullptr) throw std::runtime_error(path + " exports no kernel table");
     table_ = entry();
+    if (table_->version != kKernelTableVersion) {
+      throw std::runtime_error(path + " belongs to another build of vqkernels");
+    }
   }
 
   std::string name() const { return table_->name; }

@@ -52,7 +52,8 @@ def nearest_code(
     Exactness, with u = 2^-53 on the CPU backend and u = 2^-24 on Triton, and m = the mean of at
     most 512 of the codes on the CPU backend for "l2", else 0: the chosen code's squared distance in
     float64 exceeds the smallest by at most `4 (D + 8) u (|x - m| + max_k |c_k - m|)^2`; for "dot"
-    and "cosine" the similarity falls short by at most `4 (D + 8) u |x| max_k |c_k|`. (The CPU
+    the similarity falls short by at most `4 (D + 8) u |x| max_k |c_k|`, for "cosine" (times |x|)
+    by `4 (D + 8) u |x|`. (The CPU
     kernel screens codes in int8 or fp32 and decides every code that the screen's proven bound
     leaves in float64.) Bitwise-equal codes give the lowest index. A backend gives the same bits
     whatever the number of threads or the batch that a row came in.
