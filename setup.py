@@ -42,7 +42,7 @@ CAPABILITIES = {
 # explicitly.
 COMMON = (
     "-O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
-    "-Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized"
+    "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
 )
 
 

@@ -70,6 +70,12 @@ class ExactRow {
     });
   }
 
+  // What a screen multiplied the row by, beyond the frame; its scores are larger by as much.
+  void set_screen_scale(float scale) { screen_scale_ = scale; }
+  double screen_scale() const { return screen_scale_; }
+
+  int64_t codebook_size() const { return task_.book.codes.count; }
+
   // The exact score in units of the frame, or +infinity if the code is not finite.
   double score(int64_t code) const {
     return dispatch(task_.book.codes.dtype, [&](auto* type) {
@@ -109,21 +115,23 @@ class ExactRow {
     constexpr int kParts = 16;
     const bool l2 = task_.book.metric == Metric::l2;
     const double half = l2 ? 0.5 : 0.0;
-    double products[kParts] = {}, squares = 0;
+    double total = 0, squares = 0;
     int64_t d = 0;
-    for (; d + kParts <= width(); d += kParts) {
-      for (int i = 0; i < kParts; ++i) {
-        const double element =
-            double(to_float(c[kContiguous ? d + i : (d + i) * stride])) - centre_[d + i];
-        products[i] += element * (half * element - x_[d + i]);
+    if (width() >= kParts) {
+      double products[kParts] = {};
+      for (; d + kParts <= width(); d += kParts) {
+        for (int i = 0; i < kParts; ++i) {
+          const double element =
+              double(to_float(c[kContiguous ? d + i : (d + i) * stride])) - centre_[d + i];
+          products[i] += element * (half * element - x_[d + i]);
+        }
       }
+      for (double part : products) total += part;
     }
     for (; d < width(); ++d) {
       const double element = double(to_float(c[kContiguous ? d : d * stride])) - centre_[d];
-      products[0] += element * (half * element - x_[d]);
+      total += element * (half * element - x_[d]);
     }
-    double total = 0;
-    for (double part : products) total += part;
     if (!l2) {
       for (d = 0; d < width(); ++d) {
         const double element = to_float(c[kContiguous ? d : d * stride]);
@@ -141,12 +149,13 @@ class ExactRow {
   const Frame& frame_;
   double* x_;
   double* centre_;
-  double unit_ = 1;
+  double unit_ = 1, screen_scale_ = 1;
   int64_t row_ = -1;
 };
 
-// Scores the listed groups exactly, lowest bound first, until no other can win.
-inline int64_t settle(RowSearch* row, ExactRow* exact, int64_t x_row, int64_t codebook_size) {
+// Scores the listed groups exactly, lowest bound first, until no other can win. `ids` names the
+// code at each position of the panels; null where panels are in the book's order.
+inline int64_t settle(RowSearch* row, ExactRow* exact, int64_t x_row, const int32_t* ids) {
   int64_t scored = 0;
   while (row->listed > 0) {
     int lowest = 0;
@@ -158,14 +167,15 @@ inline int64_t settle(RowSearch* row, ExactRow* exact, int64_t x_row, int64_t co
     if (!(candidate.lower <= row->upper)) break;
     exact->load(x_row);
     for (int v = 0; v < kVectors; ++v) {
-      const int64_t code = candidate.code + v * kLanes;
-      if (code >= codebook_size) break;
+      const int64_t position = candidate.code + v * kLanes;
+      if (position >= exact->codebook_size()) break;
+      const int64_t code = ids == nullptr ? position : ids[position];
       const double score = exact->score(code);
       ++scored;
       if (row->better(score, code)) {
         row->score = score;
         row->index = code;
-        const float rounded = float(score);
+        const float rounded = float(score * exact->screen_scale());
         row->upper = std::min(row->upper, rounded + std::fabs(rounded) * 0x1p-22f);
       }
     }
@@ -175,13 +185,13 @@ inline int64_t settle(RowSearch* row, ExactRow* exact, int64_t x_row, int64_t co
 }
 
 // Drops what can no longer win; scores everything if that makes no room.
-inline int64_t make_room(RowSearch* row, ExactRow* exact, int64_t x_row, int64_t codebook_size) {
+inline int64_t make_room(RowSearch* row, ExactRow* exact, int64_t x_row, const int32_t* ids) {
   int kept = 0;
   for (int i = 0; i < row->listed; ++i) {
     if (row->list[i].lower <= row->upper) row->list[kept++] = row->list[i];
   }
   row->listed = kept;
-  return kept < kListed ? 0 : settle(row, exact, x_row, codebook_size);
+  return kept < kListed ? 0 : settle(row, exact, x_row, ids);
 }
 
 // How far a row's approximate scores in a panel may be from the exact ones:
@@ -209,15 +219,15 @@ inline void panel_errors(const RowError& row, const PanelBounds& bounds, int64_t
 // approximate score of each lane's group, `stride` floats from one panel to the next.
 inline int64_t list_candidates(const float* least, int64_t stride, const float* errors,
                                int64_t panels, int64_t first_panel, int64_t x_row,
-                               int64_t codebook_size, RowSearch* row, ExactRow* exact) {
+                               const int32_t* ids, RowSearch* row, ExactRow* exact) {
   vf upper = splat(kInfinity), lowest = splat(kInfinity);
   for (int64_t p = 0; p < panels; ++p) {
     const vf scores = load(least + p * stride), error = splat(errors[p]);
     upper = minimum(upper, scores + error);
     lowest = minimum(lowest, scores - error);
   }
+  if (lanes_not_above(lowest, splat(row->upper)) == 0) return 0;
   row->upper = std::min(row->upper, smallest(upper));
-  if (!(smallest(lowest) <= row->upper)) return 0;
   int64_t scored = 0;
   vf bound = splat(row->upper);
   for (int64_t p = 0; p < panels; ++p) {
@@ -227,7 +237,7 @@ inline int64_t list_candidates(const float* least, int64_t stride, const float* 
       const int lane = __builtin_ctz(hits);
       hits &= hits - 1;
       if (row->listed == kListed) {
-        scored += make_room(row, exact, x_row, codebook_size);
+        scored += make_room(row, exact, x_row, ids);
         bound = splat(row->upper);
       }
       row->list[row->listed++] = {lower[lane],

@@ -34,7 +34,8 @@ constexpr double kLargestSquare = 1e36;
 struct Frame {
   int32_t magic, version, panel_width, metric, codebook_size, dim;
   float scale;
-  int32_t unused[kHeaderWords - 7];
+  int32_t ordered;  // whether a tree ordered the panels; else they follow the book
+  int32_t unused[kHeaderWords - 8];
 
   const float* centre() const { return reinterpret_cast<const float*>(this + 1); }
 };
@@ -90,7 +91,8 @@ inline void choose_frame(const Codebook& book, float* out) {
   auto* frame = reinterpret_cast<Frame*>(out);
   float* centre = out + kHeaderWords;
   *frame = Frame{kMagic,         kKernelTableVersion, kPanelWidth, int32_t(book.metric),
-                 int32_t(codes), int32_t(dim),        1.0f,        {}};
+                 int32_t(codes), int32_t(dim),        1.0f,        0,
+                 {}};
   std::memset(centre, 0, sizeof(float) * round_up(dim, 16));
   if (book.metric == Metric::cosine) return;
 
@@ -136,12 +138,12 @@ inline void frame_code(const Frame& frame, float* row) {
   }
 }
 
-// Reads code `panel * kPanelWidth + lane` into `row`, framed and padded with zeros to a multiple of
+// Reads a code into `row`, framed and padded with zeros to a multiple of
 // 16, and returns its start.
 template <typename T>
-inline float read_code(const Codebook& book, const Frame& frame, int64_t panel, int64_t lane,
-                       float* row, float* norm) {
-  const int64_t code = panel * kPanelWidth + lane, dim = book.codes.width;
+inline float read_code(const Codebook& book, const Frame& frame, int64_t code, float* row,
+                       float* norm) {
+  const int64_t dim = book.codes.width;
   for (int64_t d = dim; d < round_up(dim, 16); ++d) row[d] = 0;
   *norm = 0;
   float start = kInfinity;
@@ -169,7 +171,7 @@ inline void pack_panel(const Codebook& book, const Frame& frame, int64_t panel, 
   *largest_code = 0;
   for (int64_t lane = 0; lane < kPanelWidth; ++lane) {
     float norm;
-    out[lane] = read_code<T>(book, frame, panel, lane, row, &norm);
+    out[lane] = read_code<T>(book, frame, panel * kPanelWidth + lane, row, &norm);
     *largest_code = std::max(*largest_code, norm);
     float* column = out + kPanelWidth + lane;
     for (int64_t d = 0; d < dim; ++d) column[d * kPanelWidth] = -row[d];

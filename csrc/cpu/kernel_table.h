@@ -11,8 +11,9 @@ namespace vqkernels {
 
 enum class Metric : int32_t { l2 = 0, dot = 1, cosine = 2 };
 
-// How a search scores codes before it decides in float64: in fp32, or in int8.
-enum class Screen : int32_t { fp32 = 0, int8 = 1 };
+// How a search scores codes before it decides in float64: all in fp32, all in int8, or in fp32
+// those that a tree of boxes leaves.
+enum class Screen : int32_t { fp32 = 0, int8 = 1, tree = 2 };
 
 // How the gradient of a quantized row reaches its x.
 enum class Gradient : int32_t { none = 0, straight_through = 1, rotation = 2 };
@@ -51,10 +52,11 @@ struct KernelTable {
   void (*choose_frame)(const Codebook& book, float* frame);
   void (*pack_panels)(const Codebook& book, Screen screen, int64_t panel_begin, int64_t panel_end,
                       float* packed);
+  void (*pack_tree)(const Codebook& book, float* packed);
   // Hides every code that repeats an earlier one bit by bit: it could never be the lowest index.
   void (*hide_duplicates)(const Codebook& book, Screen screen, float* packed);
   // Smallest score (in float64) and its code for each row over the task's panels, at
-  // [row - row_begin]; returns how many codes had to be decided in float64.
+  // [row - row_begin]; returns how many codes a screen left to look at more closely.
   int64_t (*nearest_code)(const NearestTask& task, double* score, int64_t* index);
 
   // Both return the number of indices outside [-1, K - 1]; such rows become zeros.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "nearest_small_dim.h"
+#include "nearest_tree.h"
 #include "screen_int8.h"
 
 namespace vqkernels {
@@ -75,12 +76,12 @@ inline RowError fp32_error(float square, const NearestTask& task) {
 
 // The float64 answer of every row of a chunk, from its list or from all codes.
 inline int64_t finish_rows(const NearestTask& task, int64_t chunk, int64_t rows,
-                           const float* squares, RowSearch* searches, ExactRow* exact,
-                           double* score, int64_t* index) {
+                           const float* squares, const int32_t* ids, RowSearch* searches,
+                           ExactRow* exact, double* score, int64_t* index) {
   int64_t scored = 0;
   for (int64_t r = 0; r < rows; ++r) {
     RowSearch& search = searches[r];
-    scored += settle(&search, exact, chunk + r, task.book.codes.count);
+    scored += settle(&search, exact, chunk + r, ids);
     const bool decided = in_range(squares[r], task.book.metric) && search.index >= 0 &&
                          search.upper > -kInfinity;
     if (!decided) exact->search_all(chunk + r, &search);
@@ -134,12 +135,11 @@ inline int64_t nearest_fp32(const NearestTask& task, double* score, int64_t* ind
           if (!in_range(squares[r + i], task.book.metric)) continue;
           panel_errors(fp32_error(squares[r + i], task), codes.bounds, panels, errors);
           scored += list_candidates(least + i * kLanes, shape.rows * kLanes, errors, panels, begin,
-                                    chunk + r + i, task.book.codes.count, &searches[r + i],
-                                    &exact);
+                                    chunk + r + i, nullptr, &searches[r + i], &exact);
         }
       }
     }
-    scored += finish_rows(task, chunk, rows, squares, searches, &exact, score, index);
+    scored += finish_rows(task, chunk, rows, squares, nullptr, searches, &exact, score, index);
   }
   return scored;
 }
@@ -165,6 +165,7 @@ int64_t nearest_small_dim(const NearestTask& task, double* score, int64_t* index
   auto* searches = reinterpret_cast<RowSearch*>(scratch.take<float>(kChunk * kSearchWords));
   ExactRow exact(task, reinterpret_cast<double*>(scratch.take<float>(2 * D)),
                  reinterpret_cast<double*>(scratch.take<float>(2 * D)));
+  const int32_t* ids = panel_order(task);
   alignas(64) float best[kRows], second[kRows], panel_of_best[kRows];
 
   int64_t scored = 0;
@@ -200,13 +201,47 @@ int64_t nearest_small_dim(const NearestTask& task, double* score, int64_t* index
           score_tile<1>(row, codes.panels + first * panel_words(D), D, count, least);
           for (int64_t p = 0; p < count; ++p) errors[p] = error;
           scored += list_candidates(least, kLanes, errors, count, begin + first, chunk + r + i,
-                                    task.book.codes.count, &search, &exact);
+                                    ids, &search, &exact);
         }
       }
     }
-    scored += finish_rows(task, chunk, rows, squares, searches, &exact, score, index);
+    scored += finish_rows(task, chunk, rows, squares, ids, searches, &exact, score, index);
   }
   return scored;
+}
+
+template <int D>
+int64_t nearest_by_tree(const NearestTask& task, double* score, int64_t* index) {
+  const Frame& frame = *reinterpret_cast<const Frame*>(task.frame);
+  alignas(64) double exact_x[D], exact_centre[D];
+  ExactRow exact(task, exact_x, exact_centre);
+  TreeSearch<D> tree(task, &exact);
+  const int32_t* ids = panel_order(task);
+  Scratch scratch(tree.super_words());
+  float* super_bounds = scratch.take<float>(tree.super_words());
+
+  int64_t looked = 0;
+  float x[16], square;
+  for (int64_t row = task.row_begin; row < task.row_end; ++row) {
+    RowSearch search;
+    search.reset();
+    square = load_framed_row(task.x, row, frame, x);
+    if (in_range(square, task.book.metric)) {
+      if (task.book.metric != Metric::l2 && tree.largest() > 0) {
+        const float length = tree.largest() / std::sqrt(square);
+        for (float& element : x) element *= length;
+        exact.set_screen_scale(length);
+        square = tree.largest() * tree.largest();
+      }
+      const RowError parts = fp32_error(square, task);
+      const float code = tree.largest(), sum = std::sqrt(square) + code;
+      const float error = code * (parts.per_code + code * parts.per_square) + 1e-30f;
+      const float rounded = 4 * rounding(D) * sum * sum + 1e-30f;
+      looked += tree.run({x, 0.5f * square + rounded, row}, error, super_bounds, &search);
+    }
+    looked += finish_rows(task, row, 1, &square, ids, &search, &exact, score, index);
+  }
+  return looked;
 }
 
 #if defined(__AVX512VNNI__)
@@ -260,17 +295,24 @@ inline int64_t nearest_int8(const NearestTask& task, double* score, int64_t* ind
           if (!in_range(squares[r + i], task.book.metric)) continue;
           panel_errors(row_errors[r + i], bounds.from(begin), panels, errors);
           scored += list_candidates(least + i * kLanes, shape.rows * kLanes, errors, panels, begin,
-                                    chunk + r + i, task.book.codes.count, &searches[r + i],
-                                    &exact);
+                                    chunk + r + i, nullptr, &searches[r + i], &exact);
         }
       }
     }
-    scored += finish_rows(task, chunk, rows, squares, searches, &exact, score, index);
+    scored += finish_rows(task, chunk, rows, squares, nullptr, searches, &exact, score, index);
   }
   return scored;
 }
 
 #endif
+
+template <int D>
+int64_t nearest_few_dims(const NearestTask& task, double* score, int64_t* index) {
+  if constexpr (D <= kTreeDim) {
+    if (task.screen == Screen::tree) return nearest_by_tree<D>(task, score, index);
+  }
+  return nearest_small_dim<D>(task, score, index);
+}
 
 inline int64_t nearest_code(const NearestTask& task, double* score, int64_t* index) {
 #if defined(__AVX512VNNI__)
@@ -278,21 +320,21 @@ inline int64_t nearest_code(const NearestTask& task, double* score, int64_t* ind
 #endif
   switch (task.x.width) {
     case 1:
-      return nearest_small_dim<1>(task, score, index);
+      return nearest_few_dims<1>(task, score, index);
     case 2:
-      return nearest_small_dim<2>(task, score, index);
+      return nearest_few_dims<2>(task, score, index);
     case 3:
-      return nearest_small_dim<3>(task, score, index);
+      return nearest_few_dims<3>(task, score, index);
     case 4:
-      return nearest_small_dim<4>(task, score, index);
+      return nearest_few_dims<4>(task, score, index);
     case 5:
-      return nearest_small_dim<5>(task, score, index);
+      return nearest_few_dims<5>(task, score, index);
     case 6:
-      return nearest_small_dim<6>(task, score, index);
+      return nearest_few_dims<6>(task, score, index);
     case 7:
-      return nearest_small_dim<7>(task, score, index);
+      return nearest_few_dims<7>(task, score, index);
     case kLargestSmallDim:
-      return nearest_small_dim<8>(task, score, index);
+      return nearest_few_dims<8>(task, score, index);
     default:
       return nearest_fp32(task, score, index);
   }

@@ -5,6 +5,7 @@
 //   centre   D, rounded up to 16
 //   bounds   two norms a panel (at most one panel per 16 codes), in two arrays
 //   panels   (D + 1) words a code
+//   tree     ids, boxes of the panels, boxes of the supers, only for D <= kTreeDim
 //   screen   D / 4 + 2 words a code, only for kScreenDim <= D <= kInt8LargestDim: int8 codes
 #pragma once
 
@@ -13,6 +14,7 @@
 namespace vqkernels {
 
 constexpr int64_t kHeaderWords = 16;
+constexpr int64_t kTreeDim = 4;
 constexpr int64_t kScreenDim = 32;
 constexpr int64_t kInt8LargestDim = 1 << 14;  // sums of products stay below 2^31
 
@@ -21,7 +23,7 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
 }
 
 struct PackedLayout {
-  int64_t frame_words, bounds, bound_stride, panels, screen, words;
+  int64_t frame_words, bounds, bound_stride, panels, tree, tree_ids, tree_panels, screen, words;
 
   PackedLayout(int64_t codebook_size, int64_t dim) {
     const int64_t codes = round_up(codebook_size, 64);
@@ -29,7 +31,11 @@ struct PackedLayout {
     bounds = frame_words;
     bound_stride = round_up(codes / 16, 16);
     panels = bounds + 2 * bound_stride;
-    screen = panels + codes * (dim + 1);
+    tree = panels + codes * (dim + 1);
+    tree_ids = dim <= kTreeDim ? codes : 0;
+    tree_panels = dim <= kTreeDim ? bound_stride * (2 * dim + 1) : 0;
+    const int64_t supers = round_up(bound_stride / 16, 16);
+    screen = tree + tree_ids + tree_panels + (dim <= kTreeDim ? supers * (2 * dim + 1) : 0);
     words = screen + (dim >= kScreenDim && dim <= kInt8LargestDim ? codes * (round_up(dim, 4) / 4 + 2) : 0);
   }
 };

@@ -71,20 +71,27 @@ struct GradientMix {
 // x's direction u into the code's v and lambda is the ratio of their lengths, both constant:
 // grad = lambda (g - 2 w (w.g) + 2 u (v.g)) with w = (u + v) / |u + v|.
 inline GradientMix rotation_mix(const float* g, const float* x, const float* code, int64_t width) {
-  constexpr float kEps = 1e-6f;
-  const float xx = sum_over(width, [&](int64_t d) { return x[d] * x[d]; }).total();
-  const float cc = sum_over(width, [&](int64_t d) { return code[d] * code[d]; }).total();
-  const float xc = sum_over(width, [&](int64_t d) { return x[d] * code[d]; }).total();
-  const float xg = sum_over(width, [&](int64_t d) { return x[d] * g[d]; }).total();
-  const float cg = sum_over(width, [&](int64_t d) { return code[d] * g[d]; }).total();
-  const float size_x = std::sqrt(xx), size_c = std::sqrt(cc);
-  const float norm_x = std::max(size_x, kEps), norm_c = std::max(size_c, kEps);
-  const float u_g = xg / norm_x, v_g = cg / norm_c, u_v = xc / (norm_x * norm_c);
-  const float unit_x = size_x / norm_x, unit_c = size_c / norm_c;
-  const float w_square = unit_x * unit_x + unit_c * unit_c + 2 * u_v;
-  const float w_g = (u_g + v_g) / std::max(w_square, kEps * kEps);
-  const float lambda = size_c / norm_x;
-  return {lambda, lambda * 2 * (v_g - w_g) / norm_x, lambda * -2 * w_g / norm_c};
+  constexpr double kEps = 1e-6;
+  double xx = 0, cc = 0, cg = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    xx += double(x[d]) * x[d];
+    cc += double(code[d]) * code[d];
+    cg += double(code[d]) * g[d];
+  }
+  const double norm_x = std::max(std::sqrt(xx), kEps), size = std::sqrt(cc);
+  const double norm_c = std::max(size, kEps);
+  // u + v cancels where x and the code are nearly opposite, so it is summed element by element.
+  const double inverse_x = 1 / norm_x, inverse_c = 1 / norm_c;
+  double w_square = 0, w_dot_g = 0;
+  for (int64_t d = 0; d < width; ++d) {
+    const double w = x[d] * inverse_x + code[d] * inverse_c;
+    w_square += w * w;
+    w_dot_g += w * g[d];
+  }
+  const double w_g = w_dot_g / std::max(w_square, kEps * kEps), v_g = cg / norm_c;
+  const double lambda = size / norm_x;
+  return {float(lambda), float(lambda * 2 * (v_g - w_g) / norm_x),
+          float(lambda * -2 * w_g / norm_c)};
 }
 
 inline void quantize_backward_x(const Rows& x, const Rows& codes, const int64_t* indices,

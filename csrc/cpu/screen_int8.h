@@ -80,8 +80,8 @@ inline void pack_int8(const Codebook& book, const float* frame, int64_t begin, i
       float largest_code = 0, largest_error = 0;
       for (int64_t lane = 0; lane < kPanelWidth; ++lane) {
         float norm, held, error;
-        out[lane] = read_code<T>(book, *reinterpret_cast<const Frame*>(frame), panel, lane,
-                                 row.get(), &norm);
+        out[lane] = read_code<T>(book, *reinterpret_cast<const Frame*>(frame),
+                                 panel * kPanelWidth + lane, row.get(), &norm);
         out[kPanelWidth + lane] = quantize_row(row.get(), dim, 1, bytes.get(), &held, &error).scale;
         largest_code = std::max(largest_code, norm);
         largest_error = std::max(largest_error, error);

@@ -87,9 +87,22 @@ inline vf minimum(vf a, vf b) {
 #endif
 }
 
-inline vf maximum(vf a, vf b) { return -minimum(-a, -b); }
+inline vf maximum(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(VQKERNELS_NEON)
+  return (vf)vmaxq_f32((float32x4_t)a, (float32x4_t)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline float smallest(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_min_ps((__m512)v);
+#endif
   float least = v[0];
   for (int lane = 1; lane < kLanes; ++lane) least = v[lane] < least ? v[lane] : least;
   return least;

@@ -13,6 +13,10 @@ constexpr int64_t kSerialWork = 1 << 17;
 constexpr int64_t kFewTiles = 16;
 // Deciding a code in float64 costs about as much as screening this many in int8 saves.
 constexpr int64_t kCodesPerDecision = 24;
+// Looking at a code through the tree costs about as much as scoring this many in order.
+constexpr int64_t kCodesPerLook = 4;
+// Rows and codes from which a tree can be worth its making.
+constexpr int64_t kTreeRows = 4096, kTreeCodes = 2048;
 
 // Checks that `packed` was made for this call; the layout differs between instruction sets.
 void check_packed(const float* packed, const Codebook& book) {
@@ -40,7 +44,10 @@ bool can_screen_int8(int64_t dim) {
   return kernels().int8_screen && dim >= kScreenDim && dim <= kInt8LargestDim;
 }
 
+bool has_tree(const Rows& codes) { return codes.width <= kTreeDim && codes.count >= kTreeCodes; }
+
 void pack(const Codebook& book, Screen screen, float* packed) {
+  if (screen == Screen::tree) return kernels().pack_tree(book, packed);
   const int64_t words = kernels().panel_width * (book.codes.width + 1);
   const int64_t grain = std::max<int64_t>(1, kSerialWork / words);
   parallel(panels_of(book.codes.count), grain, [&](int64_t begin, int64_t end) {
@@ -49,8 +56,8 @@ void pack(const Codebook& book, Screen screen, float* packed) {
   kernels().hide_duplicates(book, screen, packed);
 }
 
-// Whether int8 leaves few enough codes to decide, seen on some rows from the middle.
-bool int8_pays(NearestTask task) {
+// Whether the task's screen leaves few enough codes, seen on some rows from the middle.
+bool pays(NearestTask task) {
   constexpr int64_t kMost = 56;
   const int64_t least = kernels().tile_rows, rows = task.x.count, codes = task.book.codes.count;
   const int64_t probed = std::min(rows, std::clamp(rows / 32, least, kMost));
@@ -59,8 +66,9 @@ bool int8_pays(NearestTask task) {
   task.panel_end = panels_of(codes);
   std::vector<double> score(probed);
   std::vector<int64_t> index(probed);
-  const int64_t decided = kernels().nearest_code(task, score.data(), index.data());
-  return decided * kCodesPerDecision <= probed * codes;
+  const int64_t left = kernels().nearest_code(task, score.data(), index.data());
+  const int64_t price = task.screen == Screen::tree ? kCodesPerLook : kCodesPerDecision;
+  return left * price <= probed * codes;
 }
 
 // Rows and codes in a grid of tasks, one a thread.
@@ -110,13 +118,14 @@ void run(const NearestTask& whole, int64_t* index) {
 void search_book(const Rows& x, const Codebook& book, const float* packed, int64_t* index) {
   const PackedLayout layout(book.codes.count, book.codes.width);
   const bool int8 = can_screen_int8(book.codes.width);
+  const bool tree = has_tree(book.codes);
   NearestTask task;
   task.x = x;
   task.book = book;
   if (packed != nullptr) {
     task.frame = task.packed = packed;
-    task.screen = int8 ? Screen::int8 : Screen::fp32;
-    if (int8 && !int8_pays(task)) task.screen = Screen::fp32;
+    task.screen = int8 ? Screen::int8 : tree ? Screen::tree : Screen::fp32;
+    if (task.screen != Screen::fp32 && !pays(task)) task.screen = Screen::fp32;
     return run(task, index);
   }
   if (x.count <= kFewTiles * kernels().tile_rows) {
@@ -128,13 +137,12 @@ void search_book(const Rows& x, const Codebook& book, const float* packed, int64
   const Tensor own = torch::stable::empty({layout.words}, ScalarType::Float);
   kernels().choose_frame(book, data<float>(own));
   task.frame = task.packed = data<float>(own);
-  if (int8) {
-    task.screen = Screen::int8;
-    pack(book, Screen::int8, data<float>(own));
-    if (int8_pays(task)) return run(task, index);
+  task.screen = int8 ? Screen::int8 : tree && x.count >= kTreeRows ? Screen::tree : Screen::fp32;
+  pack(book, task.screen, data<float>(own));
+  if (task.screen != Screen::fp32 && !pays(task)) {
+    if (task.screen == Screen::int8) pack(book, Screen::fp32, data<float>(own));
     task.screen = Screen::fp32;
   }
-  pack(book, Screen::fp32, data<float>(own));
   run(task, index);
 }
 
@@ -183,7 +191,7 @@ Tensor pack_codebook(const Tensor& codebook, const std::string& metric) {
     const Codebook book{codes_of(codebook, group), parse_metric(metric)};
     float* words = data<float>(packed) + group * layout.words;
     kernels().choose_frame(book, words);
-    pack(book, Screen::fp32, words);
+    pack(book, has_tree(book.codes) ? Screen::tree : Screen::fp32, words);
     if (can_screen_int8(dim)) pack(book, Screen::int8, words);
   }
   return packed;

@@ -19,6 +19,7 @@ namespace {
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 const char* const kMetrics[] = {"l2", "dot", "cosine"};
+const char* const kScreens[] = {"packed", "packed, int8", "packed, tree"};
 const char* const kDTypes[] = {"float32", "float16", "bfloat16"};
 
 class Random {
@@ -141,7 +142,8 @@ class Checker {
   }
 
  private:
-  // Ties (repeated codes, rows that equal a code), a zero row, a NaN row, codes never to be chosen.
+  // Ties (repeated codes, rows that equal a code), codes so close that only float64 tells them
+  // apart, a zero row, a NaN row, codes never to be chosen.
   static void plant(Matrix& x, Matrix& book, float offset) {
     Random random(uint64_t(book.count() * 1000 + x.width()));
     x.fill(random, offset);
@@ -150,6 +152,16 @@ class Checker {
     if (codes >= 3) book.copy_row(codes - 1, book, codes / 3);
     if (codes >= 37) {
       book.copy_row(codes - 2, book, 0);
+      for (int64_t code = 5; code < 12; ++code) {
+        book.copy_row(code, book, 4);
+        const int64_t d = code % x.width();
+        book.set(code, d, book.get(code, d) * (1 + 0x1p-22f * float(code % 2 ? code : -code)));
+      }
+      for (int64_t row = 14; row < 30; ++row) {
+        for (int64_t d = 0; d < x.width(); ++d) {
+          x.set(row, d, book.get(4, d) + 0x1p-7f * random.uniform());
+        }
+      }
       book.set(codes / 2, 0, kNaN);
       book.set(codes / 2 + 1, x.width() - 1, kInfinity);
       book.set(codes / 2 + 2, 0, -kInfinity);
@@ -163,26 +175,31 @@ class Checker {
   void search(Matrix& x, Matrix& book, Metric metric) {
     const Codebook codebook{book.rows(), metric};
     const PackedLayout layout(book.count(), book.width());
-    const bool int8 = table_.int8_screen && book.width() >= kScreenDim;
-    const int64_t panels = (book.count() + table_.panel_width - 1) / table_.panel_width;
     NearestTask task;
     task.x = x.rows();
     task.book = codebook;
     task.row_end = x.count();
-    task.panel_end = panels;
+    task.panel_end = (book.count() + table_.panel_width - 1) / table_.panel_width;
 
-    std::vector<float> words(size_t(layout.words), 0.0f);
-    table_.choose_frame(codebook, words.data());
-    task.frame = words.data();
+    std::vector<float> frame(size_t(layout.frame_words));
+    table_.choose_frame(codebook, frame.data());
+    task.frame = frame.data();
     search_as("in passing", task, x, book, metric);
 
-    for (Screen screen : {Screen::fp32, Screen::int8}) {
-      if (screen == Screen::int8 && !int8) continue;
-      table_.pack_panels(codebook, screen, 0, panels, words.data());
-      table_.hide_duplicates(codebook, screen, words.data());
-      task.packed = words.data();
+    for (Screen screen : {Screen::fp32, Screen::int8, Screen::tree}) {
+      if (screen == Screen::int8 && !(table_.int8_screen && book.width() >= kScreenDim)) continue;
+      if (screen == Screen::tree && book.width() > kTreeDim) continue;
+      std::vector<float> words(size_t(layout.words), 0.0f);
+      table_.choose_frame(codebook, words.data());
+      if (screen == Screen::tree) {
+        table_.pack_tree(codebook, words.data());
+      } else {
+        table_.pack_panels(codebook, screen, 0, task.panel_end, words.data());
+        table_.hide_duplicates(codebook, screen, words.data());
+      }
+      task.frame = task.packed = words.data();
       task.screen = screen;
-      search_as(screen == Screen::int8 ? "packed int8" : "packed", task, x, book, metric);
+      search_as(kScreens[int(screen)], task, x, book, metric);
     }
   }
 

@@ -1,18 +1,32 @@
 """The ops, one file each: schema, fake kernel, gradient, public function."""
 
+from vqkernels.ops.ada_layer_norm import ada_layer_norm
+from vqkernels.ops.attention import attention
+from vqkernels.ops.bias_gelu import bias_gelu
 from vqkernels.ops.code_statistics import code_statistics
+from vqkernels.ops.diffuse import diffuse
 from vqkernels.ops.ema_update import ema_update
+from vqkernels.ops.gated_residual import gated_residual
+from vqkernels.ops.gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
 from vqkernels.ops.gather_codes import gather_codes
 from vqkernels.ops.nearest_code import nearest_code, pack_codebook
+from vqkernels.ops.normal_noise import normal_noise
 from vqkernels.ops.quantize import QuantizeOutput, quantize
 from vqkernels.ops.timestep_embedding import timestep_embedding
 
 __all__ = [
     "QuantizeOutput",
+    "ada_layer_norm",
+    "attention",
+    "bias_gelu",
     "code_statistics",
+    "diffuse",
     "ema_update",
+    "gated_residual",
+    "gated_residual_ada_layer_norm",
     "gather_codes",
     "nearest_code",
+    "normal_noise",
     "pack_codebook",
     "quantize",
     "timestep_embedding",

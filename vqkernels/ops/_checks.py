@@ -63,9 +63,7 @@ def check_rows(name: str, x: Tensor, codebook: Tensor) -> None:
             f"{name} and codebook must agree in their last dimension D, "
             f"got {name} {_shape(x)} and codebook {_shape(codebook)}"
         )
-    if x.dtype != codebook.dtype and not (
-        x.dtype in _HALVES and codebook.dtype == torch.float32
-    ):
+    if x.dtype != codebook.dtype and not (x.dtype in _HALVES and codebook.dtype == torch.float32):
         raise TypeError(
             f"{name} and codebook must have one dtype, or a half-precision {name} with a float32 "
             f"codebook, got {x.dtype} and {codebook.dtype}"
@@ -73,7 +71,9 @@ def check_rows(name: str, x: Tensor, codebook: Tensor) -> None:
     check_same_device(name, x, "codebook", codebook)
 
 
-def check_labels(name: str, labels: Tensor, shape: torch.Size, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_labels(
+    name: str, labels: Tensor, shape: torch.Size, dtypes: tuple[torch.dtype, ...]
+) -> None:
     check_tensor(name, labels)
     if labels.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(map(str, dtypes))}, got {labels.dtype}")

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 _OPS = torch.library.Library("vqkernels", "DEF")
-_NATIVE = {device: torch.library.Library(f"vqkernels_{device}", "DEF") for device in ("cpu", "cuda")}
+_NATIVE = {
+    device: torch.library.Library(f"vqkernels_{device}", "DEF") for device in ("cpu", "cuda")
+}
 
 
 def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vqkernels.backends import select
 from vqkernels.ops._checks import check_choice
 from vqkernels.ops._modulation import NORMS, check_modulation, check_row, check_tokens
 from vqkernels.reference import ada_layer_norm as reference
@@ -49,6 +50,7 @@ def ada_layer_norm(
     check_row("weight", weight, x)
     check_row("bias", bias, x)
     check_choice("norm", norm, NORMS)
+    select("ada_layer_norm", x, shift, scale)
     return reference.ada_layer_norm(
         x, shift=shift, scale=scale, weight=weight, bias=bias, eps=eps, norm=norm
     )

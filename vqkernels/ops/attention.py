@@ -7,11 +7,42 @@ Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
+from vqkernels.backends import select
 from vqkernels.ops._checks import check_floating, check_same_device
 from vqkernels.reference import attention as reference
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -55,6 +86,7 @@ def attention(
         _check_mask(attn_mask, (*q.shape[:3], k.shape[2]), q)
         if is_causal:
             raise ValueError("attn_mask and is_causal exclude each other, got both")
+    select("attention", q, k, v)
     return reference.attention(
         q,
         k,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vqkernels.backends import select
 from vqkernels.ops._checks import check_choice, check_floating
 from vqkernels.ops._modulation import check_row
 from vqkernels.reference import bias_gelu as reference
@@ -37,4 +38,5 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh
         raise ValueError("x must have shape [..., D], got a scalar")
     check_row("bias", bias, x)
     check_choice("approximate", approximate, APPROXIMATIONS)
+    select("bias_gelu", x, bias)
     return reference.bias_gelu(x, bias, approximate=approximate)

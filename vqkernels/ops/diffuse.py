@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vqkernels.backends import select
 from vqkernels.ops._checks import check_choice, check_floating, check_same_device
 from vqkernels.ops.normal_noise import normal_noise
 from vqkernels.reference import diffuse as reference
@@ -70,4 +71,5 @@ def diffuse(
     check_same_device("noise", noise, "x0", x0)
     if noise.shape != x0.shape:
         raise ValueError(f"noise must have x0's shape {list(x0.shape)}, got {list(noise.shape)}")
+    select("diffuse", x0, noise)
     return reference.diffuse(x0, alpha, sigma, noise=noise, target=target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vqkernels.backends import select
 from vqkernels.ops._modulation import check_modulation, check_same_tokens, check_tokens
 from vqkernels.reference import gated_residual as reference
 
@@ -30,4 +31,5 @@ def gated_residual(residual: Tensor, x: Tensor, *, gate: Tensor) -> Tensor:
     check_tokens("residual", residual)
     check_same_tokens("x", x, "residual", residual)
     check_modulation("gate", gate, "residual", residual)
+    select("gated_residual", residual, x, gate)
     return reference.gated_residual(residual, x, gate=gate)

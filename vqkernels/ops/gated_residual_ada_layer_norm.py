@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vqkernels.backends import select
 from vqkernels.ops._checks import check_choice
 from vqkernels.ops._modulation import (
     NORMS,
@@ -52,6 +53,7 @@ def gated_residual_ada_layer_norm(
     check_modulation("shift", shift, "residual", residual)
     check_modulation("scale", scale, "residual", residual)
     check_choice("norm", norm, NORMS)
+    select("gated_residual_ada_layer_norm", residual, x, gate, shift, scale)
     return reference.gated_residual_ada_layer_norm(
         residual, x, gate=gate, shift=shift, scale=scale, eps=eps, norm=norm
     )

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vqkernels.backends import select
 from vqkernels.reference import normal_noise as reference
 
 
@@ -60,6 +61,7 @@ def normal_noise(
             f"{list(sample_ids.shape)}"
         )
     sample_ids = sample_ids.to(device or sample_ids.device)
+    select("normal_noise", sample_ids)
     return reference.normal_noise(
         shape,
         seed=_word("seed", seed, sample_ids.device),

@@ -36,9 +36,12 @@ def pack_codebook(codebook: Tensor, *, metric: str = "l2") -> Tensor:
 
 def packed_size(codebook_size: int, dim: int) -> int:
     """Words of one packed book, the same on every instruction set; as `csrc/cpu/packed_book.h`:
-    header, centre, norms of the panels, fp32 panels and, for some D, int8 panels."""
+    header, centre, norms of the panels, fp32 panels and, by D, a tree of boxes or int8 panels."""
     codes = _round_up(codebook_size, 64)
-    words = 16 + _round_up(dim, 16) + 2 * _round_up(codes // 16, 16) + codes * (dim + 1)
+    panels = _round_up(codes // 16, 16)
+    words = 16 + _round_up(dim, 16) + 2 * panels + codes * (dim + 1)
+    if dim <= 4:
+        words += codes + (panels + _round_up(panels // 16, 16)) * (2 * dim + 1)
     if 32 <= dim <= 1 << 14:
         words += codes * (_round_up(dim, 4) // 4 + 2)
     return words
