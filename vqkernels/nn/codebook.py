@@ -27,6 +27,13 @@ class Codebook(nn.Module):
     `[G, K]` (moving averages of sums and counts), `initted` (bool).
     """
 
+    initted: Tensor
+    cluster_size: Tensor
+    embed_avg: Tensor
+    embed: Tensor
+    code_counts: Tensor
+    _decay: Tensor
+
     def __init__(
         self,
         dim: int,

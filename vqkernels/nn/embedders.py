@@ -25,7 +25,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         frequencies = timestep_embedding(t, self.frequency_embedding_size)
-        return self.mlp(frequencies.to(self.mlp[0].weight.dtype))
+        return self.mlp(frequencies.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

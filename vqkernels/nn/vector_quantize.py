@@ -8,6 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vqkernels.nn._arguments import (
+    as_mask,
+    check_arguments,
+    for_codebook,
+    is_distributed,
+    refuse,
+)
 from vqkernels.nn.codebook import Codebook, l2_normalize
 from vqkernels.ops.gather_codes import gather_codes
 from vqkernels.ops.quantize import QuantizeOutput
@@ -106,14 +113,14 @@ class VectorQuantize(nn.Module):
         route_gradients_to_input: bool = True,
     ) -> None:
         super().__init__()
-        _refuse(
+        refuse(
             commitment_use_cross_entropy_loss=commitment_use_cross_entropy_loss,
             orthogonal_reg_weight=orthogonal_reg_weight,
             codebook_diversity_loss_weight=codebook_diversity_loss_weight,
             stochastic_sample_codes=stochastic_sample_codes,
             straight_through=straight_through,
             directional_reparam=directional_reparam,
-            sync_codebook=_is_distributed() if sync_codebook is None else sync_codebook,
+            sync_codebook=is_distributed() if sync_codebook is None else sync_codebook,
             vq_bridge=vq_bridge,
             manual_ema_update=manual_ema_update,
             in_place_codebook_optimizer=in_place_codebook_optimizer,
@@ -122,7 +129,7 @@ class VectorQuantize(nn.Module):
         )
         ema_update = True if ema_update is None else ema_update
         learnable_codebook = bool(learnable_codebook)
-        _check_arguments(
+        check_arguments(
             dim, codebook_size, heads, accept_image_fmap, accept_3d_fmap, use_cosine_sim,
             ema_update, learnable_codebook,
         )  # fmt: skip
@@ -212,8 +219,8 @@ class VectorQuantize(nn.Module):
         index -1 gives zeros."""
         if self.heads == 1:
             codes = gather_codes(self._codebook.book, indices)
-        elif self.separate_codebook_per_head and self.heads > 1:
-            codes = gather_codes(self._codebook.embed, _heads_first(indices[..., None])[..., 0])
+        elif self.separate_codebook_per_head:
+            codes = gather_codes(self._codebook.book, indices.transpose(-2, -1))
             codes = self._merge_heads(codes)
         else:
             codes = gather_codes(self._codebook.book, indices).flatten(-2)
@@ -257,7 +264,7 @@ class VectorQuantize(nn.Module):
             without channels, with a last dimension `heads` if there are several; a scalar loss,
             `commitment_weight * mean((x - code)^2)` in training and 0 in eval.
         """
-        _refuse(
+        refuse(
             indices=indices,
             topk=topk,
             sample_codebook_temp=sample_codebook_temp,
@@ -268,12 +275,12 @@ class VectorQuantize(nn.Module):
         single = x.dim() == 2
         tokens = x[:, None] if single else x
         tokens = tokens if single or self._is_channel_last else tokens.movedim(1, -1)
-        mask = _as_mask(mask, lens, tokens, single)
+        mask = as_mask(mask, lens, tokens, single)
         freeze = self.freeze_codebook if freeze_codebook is None else freeze_codebook
 
         rows = self._split_heads(self.project_in(tokens))
         rows = l2_normalize(rows) if self.use_cosine_sim else rows
-        rows = _for_codebook(rows, self._codebook.embed)
+        rows = for_codebook(rows, self._codebook.embed)
         routed = self.training and self.route_gradients_to_input and x.requires_grad
         out = self._codebook(
             rows,
@@ -342,7 +349,7 @@ class VectorQuantize(nn.Module):
         if self.heads == 1:
             return tokens
         rows = tokens.unflatten(-1, (self.heads, -1))
-        return _heads_first(rows) if self.separate_codebook_per_head else rows
+        return rows.transpose(-3, -2) if self.separate_codebook_per_head else rows
 
     def _merge_heads(self, codes: Tensor) -> Tensor:
         if self.heads == 1:
@@ -364,71 +371,3 @@ class VectorQuantize(nn.Module):
 
     def _per_head(self, value: Tensor) -> Tensor:
         return value if self.separate_codebook_per_head else value[0]
-
-
-def _heads_first(rows: Tensor) -> Tensor:
-    return rows.transpose(-3, -2)  # [..., N, h, d] to [..., h, N, d]
-
-
-def _for_codebook(rows: Tensor, codebook: Tensor) -> Tensor:
-    """Half-precision rows go with any book; float64 and mixed ones take the book's dtype."""
-    halves = (torch.float16, torch.bfloat16)
-    mixable = rows.dtype == codebook.dtype or (
-        rows.dtype in halves and codebook.dtype == torch.float32
-    )
-    return rows if mixable else rows.to(codebook.dtype)
-
-
-def _as_mask(
-    mask: Tensor | None, lens: Tensor | None, tokens: Tensor, single: bool
-) -> Tensor | None:
-    if mask is not None and lens is not None:
-        raise ValueError("mask and lens exclude each other, got both")
-    if lens is not None:
-        if tokens.dim() != 3:
-            raise ValueError(f"lens goes with sequences [B, N, dim], got {list(tokens.shape)}")
-        mask = torch.arange(tokens.shape[1], device=tokens.device) < lens[:, None]
-    elif mask is not None and single:
-        mask = mask[:, None]
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape[:-1]):
-        raise ValueError(
-            f"mask must be bool {list(tokens.shape[:-1])}, got {mask.dtype} {list(mask.shape)}"
-        )
-    return mask
-
-
-def _check_arguments(
-    dim: int,
-    codebook_size: int,
-    heads: int,
-    accept_image_fmap: bool,
-    accept_3d_fmap: bool,
-    use_cosine_sim: bool,
-    ema_update: bool,
-    learnable_codebook: bool,
-) -> None:
-    for name, value in (("dim", dim), ("codebook_size", codebook_size), ("heads", heads)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if accept_image_fmap and accept_3d_fmap:
-        raise ValueError("accept_image_fmap and accept_3d_fmap exclude each other, got both")
-    if learnable_codebook and use_cosine_sim:
-        raise ValueError("use_cosine_sim needs learnable_codebook=False, got True")
-    if learnable_codebook and ema_update:
-        raise ValueError("learnable_codebook needs ema_update=False, got True")
-
-
-def _refuse(**arguments: Any) -> None:
-    """Raise for the arguments of vector-quantize-pytorch that are switched on but not supported."""
-    for name, value in arguments.items():
-        if value is not None and not (isinstance(value, (bool, int, float)) and not value):
-            raise NotImplementedError(f"{name} is not supported, got {value!r}")
-
-
-def _is_distributed() -> bool:
-    distributed = torch.distributed
-    return (
-        distributed.is_available()
-        and distributed.is_initialized()
-        and distributed.get_world_size() > 1
-    )

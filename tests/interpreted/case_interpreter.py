@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from interpreter import bf16_to_fp32, fp32_to_bf16
+
+
+def test_conversions_match_torch():
+    values = torch.cat(
+        [
+            torch.randn(4000) * torch.logspace(-42, 38, 4000),
+            torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1.00390625, 3.4e38]),
+        ]
+    )
+    expected = values.bfloat16()
+    words = fp32_to_bf16(values.numpy())
+    assert np.array_equal(words, expected.view(torch.int16).numpy().view(np.uint16))
+    assert np.array_equal(bf16_to_fp32(words), expected.float().numpy())
+    assert np.isnan(bf16_to_fp32(fp32_to_bf16(np.array([np.nan], np.float32)))).all()
+
+
+@triton.jit
+def _dot_and_round(a, b, product, rounded, N: tl.constexpr):
+    i = tl.arange(0, N)
+    at = i[:, None] * N + i[None, :]
+    result = tl.dot(tl.load(a + at), tl.load(b + at))
+    tl.store(product + at, result)
+    tl.store(rounded + at, result)
+
+
+def test_dot_and_store_in_bf16():
+    a, b = torch.randn(2, 32, 32).bfloat16()
+    product = torch.empty(32, 32)
+    rounded = torch.empty(32, 32, dtype=torch.bfloat16)
+    _dot_and_round[(1,)](a, b, product, rounded, N=32)
+    torch.testing.assert_close(product, a.float() @ b.float())
+    assert torch.equal(rounded, product.bfloat16())

@@ -1,0 +1,202 @@
+"""`torch.library.opcheck` for every op, and fake against real results for every dtype mix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vqkernels
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float32),
+]
+
+
+def need(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.requires_grad_() for t in tensors)
+
+
+def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Op and arguments, without the trailing backend."""
+    x, codebook = torch.randn(7, 6), torch.randn(5, 6)
+    groups, books = torch.randn(2, 3, 7, 6), torch.randn(3, 5, 6)
+    feature_map = torch.randn(2, 6, 3, 4).permute(0, 2, 3, 1)
+    indices = torch.tensor([0, 4, -1, 2, 2, 1, 0])
+    by_group = torch.randint(-1, 5, (2, 3, 7))
+    mask = torch.tensor([True, False, True, True, True, False, True])
+    one = torch.ones(())
+    return {
+        "nearest_code": ("nearest_code", (x, codebook, "l2", "exact", None)),
+        "nearest_code, groups": ("nearest_code", (groups, books, "cosine", "exact", None)),
+        "nearest_code, channel first": (
+            "nearest_code",
+            (feature_map, codebook, "dot", "fast", None),
+        ),
+        "nearest_code, gradients": (
+            "nearest_code",
+            (*need(x.clone(), codebook.clone()), "l2", "exact", None),
+        ),
+        "pack_codebook": ("pack_codebook", (codebook, "l2")),
+        "pack_codebook, groups": ("pack_codebook", (books, "cosine")),
+        "gather_codes": ("gather_codes", (codebook, indices)),
+        "gather_codes, gradients": ("gather_codes", (*need(codebook.clone()), indices)),
+        "gather_codes, groups": ("gather_codes", (*need(books.clone()), by_group)),
+        "gather_codes, half": ("gather_codes", (*need(codebook.bfloat16()), indices)),
+        "gather_codes, strided": ("gather_codes", (torch.randn(6, 5).T, by_group.mT)),
+        "code_statistics": ("code_statistics", (x, indices, 5, None, 0)),
+        "code_statistics, weights": ("code_statistics", (x, indices, 5, torch.rand(7), 0)),
+        "code_statistics, groups": ("code_statistics", (groups, by_group, 5, None, 3)),
+        "quantize": ("quantize", (x, codebook, "l2", None, "straight_through", None)),
+        "quantize, gradients": (
+            "quantize",
+            (*need(x.clone(), codebook.clone()), "l2", None, "straight_through", None),
+        ),
+        "quantize, mask": (
+            "quantize",
+            (*need(x.clone(), codebook.clone()), "dot", mask, "none", None),
+        ),
+        "quantize, groups": (
+            "quantize",
+            (*need(groups.clone(), books.clone()), "l2", None, "straight_through", None),
+        ),
+        "quantize, channel first": (
+            "quantize",
+            (
+                *need(feature_map.clone(memory_format=torch.preserve_format), codebook.clone()),
+                "cosine",
+                None,
+                "straight_through",
+                None,
+            ),
+        ),
+        "quantize, rotation": (
+            "quantize",
+            (*need(x.clone(), codebook.clone()), "l2", mask, "rotation", None),
+        ),
+        "quantize, half": (
+            "quantize",
+            (*need(x.half(), codebook.clone()), "l2", None, "straight_through", None),
+        ),
+        "quantize_backward_x": (
+            "quantize_backward_x",
+            (x, one, x, codebook, indices, "straight_through"),
+        ),
+        "quantize_backward_x, rotation": (
+            "quantize_backward_x",
+            (x, one, x + 1, codebook, indices, "rotation"),
+        ),
+        "quantize_backward_x, commitment alone": (
+            "quantize_backward_x",
+            (None, one, x, codebook, indices, "none"),
+        ),
+        "quantize_backward_codebook": (
+            "quantize_backward_codebook",
+            (one, x, codebook, indices),
+        ),
+        "ema_update": (
+            "ema_update",
+            (codebook, torch.rand(5), codebook + 1, torch.rand(5), codebook, one * 0.9, 1e-5),
+        ),
+        "ema_update, groups": (
+            "ema_update",
+            (books, torch.rand(3, 5), books + 1, torch.rand(3, 5), books, one * 0.9, 1e-5),
+        ),
+        "timestep_embedding": ("timestep_embedding", (torch.rand(5), 9, 10000.0)),
+    }
+
+
+SAMPLES = samples()
+
+
+def test_every_op_has_a_sample() -> None:
+    """Ops are listed by what is registered, so that a new one cannot be forgotten here."""
+    registered = {
+        name.removeprefix("vqkernels::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("vqkernels::")
+    }
+    public = tuple(vqkernels.ops.__all__)
+    assert {op for op, _ in SAMPLES.values()} == {op for op in registered if op.startswith(public)}
+
+
+@pytest.mark.parametrize("case", SAMPLES)
+def test_opcheck(backend: str, case: str) -> None:
+    op, arguments = SAMPLES[case]
+    torch.library.opcheck(getattr(torch.ops.vqkernels, op).default, (*arguments, backend))
+
+
+def test_opcheck_with_a_packed_book(backend: str) -> None:
+    x, codebook = torch.randn(7, 6), torch.randn(5, 6)
+    packed = vqkernels.pack_codebook(codebook)
+    ops = torch.ops.vqkernels
+    torch.library.opcheck(ops.nearest_code.default, (x, codebook, "l2", "exact", packed, backend))
+    quantizing = (*need(x, codebook), "l2", None, "straight_through", packed, backend)
+    torch.library.opcheck(ops.quantize.default, quantizing)
+
+
+def assert_same_kind(fake: Any, real: Any) -> None:
+    for mine, true in zip(fake, real, strict=True):
+        assert mine.dtype == true.dtype
+        assert mine.shape == true.shape
+        assert true.numel() == 0 or mine.stride() == true.stride()
+        assert mine.device == true.device
+
+
+@pytest.mark.parametrize(("x_dtype", "book_dtype"), DTYPES)
+@pytest.mark.parametrize("leading", [(9,), (0,), (2, 9), (2, 3, 9)])
+def test_fake_results_are_like_real_ones(
+    backend: str, leading: tuple[int, ...], x_dtype: torch.dtype, book_dtype: torch.dtype
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    dense = torch.randn(*leading, 8).to(x_dtype)
+    for x in (dense, torch.randn(8, *leading).to(x_dtype).movedim(0, -1), dense[..., ::2]):
+        codebook = torch.randn(5, x.shape[-1]).to(book_dtype)
+        indices = vqkernels.nearest_code(x, codebook)
+
+        def results(x: Tensor, codebook: Tensor, indices: Tensor) -> list[Tensor]:
+            return [
+                vqkernels.nearest_code(x, codebook),
+                vqkernels.pack_codebook(codebook),
+                vqkernels.gather_codes(codebook, indices),
+                *vqkernels.code_statistics(x, indices, 5),
+                *vqkernels.quantize(x, codebook),
+            ]
+
+        mode = FakeTensorMode()
+        faked = [mode.from_tensor(t) for t in (x, codebook, indices)]
+        with mode:
+            pretended = results(*faked)
+        assert_same_kind(pretended, results(x, codebook, indices))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_dtypes_alone(backend: str, dtype: torch.dtype) -> None:
+    x, codebook = torch.randn(9, 6, requires_grad=True), torch.randn(5, 6, requires_grad=True)
+    plain = vqkernels.quantize(x, codebook)
+    plain_grads = torch.autograd.grad(
+        plain.commitment_loss + plain.codebook_loss + plain.quantized.sum(), (x, codebook)
+    )
+    with torch.autocast("cpu", dtype=dtype):
+        output = vqkernels.quantize(x, codebook)
+        assert torch.equal(vqkernels.nearest_code(x, codebook), plain.indices)
+        rows = vqkernels.gather_codes(codebook, plain.indices)
+        counts, sums = vqkernels.code_statistics(x.detach(), plain.indices, 5)
+        embedding = vqkernels.timestep_embedding(torch.rand(3), 8)
+    for tensor in (output.quantized, output.commitment_loss, rows, counts, sums, embedding):
+        assert tensor.dtype == torch.float32
+    grads = torch.autograd.grad(
+        output.commitment_loss + output.codebook_loss + output.quantized.sum(), (x, codebook)
+    )
+    for mine, expected in zip(grads, plain_grads, strict=True):
+        assert torch.equal(mine, expected)
+    half = x.detach().to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        assert vqkernels.quantize(half, codebook.detach()).quantized.dtype == dtype

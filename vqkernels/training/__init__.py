@@ -1,0 +1,1 @@
+"""Training: data, loops, checkpoints, and the demo."""

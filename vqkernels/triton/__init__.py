@@ -1,0 +1,48 @@
+"""Triton kernels, one file an op, and the launchers that the CUDA dispatch key calls.
+
+Importing this package does not import Triton; the first use of a launcher does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+_HOME = {
+    "code_statistics": "code_statistics",
+    "gather_codes": "gather_codes",
+    "nearest_code": "nearest_code",
+    "quantize": "quantize",
+    "quantize_backward_codebook": "quantize_backward",
+    "quantize_backward_x": "quantize_backward",
+}
+
+__all__ = [
+    "code_statistics",
+    "gather_codes",
+    "nearest_code",
+    "quantize",
+    "quantize_backward_codebook",
+    "quantize_backward_x",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+class _Package(ModuleType):
+    """Importing the file `nearest_code.py` would bind its module over the launcher that shares its
+    name; the launcher wins."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _HOME:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,161 @@
+"""Launches of `quantize`'s gradients.
+
+    grad_x        = grad_quantized (straight-through) + grad_commitment 2 (x - code) / elements
+    grad_codebook = grad_codebook_loss 2 / elements * sum over a code's rows of (code - x)
+
+`elements` = D times the number of rows with a code. A row without one has no gradient.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vqkernels.triton.launch import launch
+from vqkernels.triton.rows import filled, row_grid, row_offsets
+from vqkernels.triton.segment_sum import segment_sum, segments
+
+# Elements of a tile: 32 a thread of four warps.
+_TILE = 4096
+_BLOCK = 4096
+
+
+def quantize_backward_x(
+    grad_quantized: Tensor | None,
+    grad_commitment: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    gradient: str,
+) -> Tensor:
+    """Gradient of x, in x's dtype and layout."""
+    passed = grad_quantized if gradient == "straight_through" else None
+    if indices.numel() == 0 or (passed is None and grad_commitment is None):
+        return torch.zeros_like(x)
+    indices = indices.contiguous()
+    grouped = codebook.dim() == 3
+    books = codebook if grouped else codebook[None]
+    grad_x = torch.empty_like(x)
+    rows = row_grid([x, grad_x, x if passed is None else passed], grouped)
+    found = indices.new_zeros((), dtype=torch.int32)
+    if grad_commitment is not None:
+        launch(
+            _count_found,
+            triton.cdiv(indices.numel(), _BLOCK),
+            indices,
+            found,
+            indices.numel(),
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
+    dim = x.shape[-1]
+    block_d = min(128, triton.next_power_of_2(dim))
+    tile_rows = _TILE // block_d
+    launch(
+        _grad_x,
+        triton.cdiv(rows.per_group, tile_rows) * rows.groups * triton.cdiv(dim, block_d),
+        rows.tensors[0],
+        rows.strides[0],
+        rows.tensors[1],
+        rows.strides[1],
+        rows.tensors[2],
+        rows.strides[2],
+        books,
+        books.stride(),
+        indices,
+        rows.label_strides,
+        found if grad_commitment is None else grad_commitment,
+        found,
+        rows.sizes,
+        dim,
+        PASSED=passed is not None,
+        COMMITTED=grad_commitment is not None,
+        ROWS=tile_rows,
+        BLOCK_D=block_d,
+        num_warps=4,
+    )
+    return filled(grad_x, rows, 1)
+
+
+def quantize_backward_codebook(
+    grad_codebook_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor
+) -> Tensor:
+    """Gradient of the codebook, in its dtype; summed in a fixed order."""
+    grad = codebook.new_zeros(codebook.shape)
+    if indices.numel() == 0:
+        return grad
+    grouped = codebook.dim() == 3
+    rows = row_grid([x], grouped)
+    found = segments(indices, rows, codebook.shape[-2])
+    segment_sum(
+        found,
+        rows,
+        grad if grouped else grad[None],
+        minuend=codebook if grouped else codebook[None],
+        factor=grad_codebook_loss,
+    )
+    return grad
+
+
+@triton.jit
+def _count_found(indices, found, total, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.load(indices + at, mask=at < total, other=-1)
+    tl.atomic_add(found, tl.sum((index >= 0).to(tl.int32), 0), sem="relaxed")
+
+
+@triton.jit
+def _grad_x(
+    x,
+    x_strides,
+    grad_x,
+    grad_x_strides,
+    grad_quantized,
+    grad_quantized_strides,
+    books,
+    book_strides,
+    indices,
+    label_strides,
+    grad_commitment,
+    found_rows,
+    sizes,
+    D,
+    PASSED: tl.constexpr,
+    COMMITTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    d_blocks = tl.cdiv(D, BLOCK_D)
+    blocks = tl.cdiv(sizes[0], ROWS)
+    block = tl.program_id(0) // d_blocks
+    g = block // blocks
+    r = block % blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % d_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    column64 = column.to(tl.int64)[None, :]
+    inside = r < sizes[0]
+    inside_d = (column < D)[None, :]
+    index = tl.load(indices + row_offsets(g, r, sizes, label_strides), mask=inside, other=-1)
+    found = index >= 0
+    used = found[:, None] & inside_d
+
+    grad = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if COMMITTED:
+        elements = tl.maximum(tl.load(found_rows), 1).to(tl.float32) * D
+        factor = 2.0 * tl.load(grad_commitment).to(tl.float32) / elements
+        codes = books + g.to(tl.int64) * book_strides[0]
+        codes += tl.where(found, index, 0) * book_strides[1]
+        code = tl.load(codes[:, None] + column64 * book_strides[2], mask=used, other=0.0)
+        rows = x + row_offsets(g, r, sizes, x_strides)
+        row = tl.load(rows[:, None] + column64 * x_strides[4], mask=used, other=0.0)
+        grad = factor * (row.to(tl.float32) - code.to(tl.float32))
+    if PASSED:
+        rows = grad_quantized + row_offsets(g, r, sizes, grad_quantized_strides)
+        at = rows[:, None] + column64 * grad_quantized_strides[4]
+        grad += tl.load(at, mask=used, other=0.0).to(tl.float32)
+    out = grad_x + row_offsets(g, r, sizes, grad_x_strides)
+    out = out[:, None] + column64 * grad_x_strides[4]
+    tl.store(out, tl.where(used, grad, 0.0), mask=inside[:, None] & inside_d)
