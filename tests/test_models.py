@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from vqkernels.models.dit import DiT, DiT_models
 from vqkernels.models.vqvae import VQVAE, VQVAEConfig
 from vqkernels.nn.embedders import LabelEmbedder, TimestepEmbedder, sincos_position_embedding
+from vqkernels.ops.diffuse import diffuse
 from vqkernels.ops.normal_noise import normal_noise
 from vqkernels.schedulers.rectified_flow import TIME_SCALE, euler_sample
 
@@ -321,3 +323,43 @@ def test_vqvae_downsampling() -> None:
         out = VQVAE(config)(torch.rand(2, 1, 16, 16))
         assert out.indices.shape == (2, 16 // 2**halvings, 16 // 2**halvings)
         assert out.reconstruction.shape == (2, 1, 16, 16)
+
+
+def test_compiled_dit_trains_as_eager_with_changing_seeds() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = small_dit(class_dropout_prob=0.0)
+    for parameter in eager.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    compiled = copy.deepcopy(eager)
+    x, y = torch.randn(4, 3, 6, 6), torch.randint(0, 5, (4,))
+
+    def loss_of(model: DiT, t: Tensor, seed: Tensor) -> Tensor:
+        x_t, velocity = diffuse(x, 1 - t, t, seed=seed, target="flow")
+        return (model(x_t, t * TIME_SCALE, y) - velocity).square().mean()
+
+    fast = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (eager, compiled)]
+    for step in range(10):
+        t, seed = torch.rand(4), torch.tensor(1000 + step)
+        losses = []
+        for model, function, optimizer in zip(
+            (eager, compiled), (loss_of, fast), optimizers, strict=True
+        ):
+            optimizer.zero_grad()
+            losses.append(function(model, t, seed))
+            losses[-1].backward()
+            optimizer.step()
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_dit_under_autocast() -> None:
+    model = randomized(small_dit())
+    x, t, y = torch.randn(2, 3, 6, 6), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
+    exact = model.double()(x.double(), t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.float()(x, t, y)
+    error = (out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 0.03

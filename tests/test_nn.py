@@ -454,6 +454,22 @@ def test_bad_input_is_named() -> None:
             call()
 
 
+def test_compiled_kmeans_start() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = VectorQuantize(DIM, 8, kmeans_init=True, freeze_codebook=True)
+    compiled = copy.deepcopy(eager)
+    fast = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        x = input_for({}, step)
+        torch.manual_seed(step)
+        expected = eager(x)
+        torch.manual_seed(step)
+        for a, b in zip(fast(x), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert torch.equal(compiled.codebook, eager.codebook)
+
+
 COMPILED = {
     "EMA": {"threshold_ema_dead_code": 1},
     "cosine, masked": {"use_cosine_sim": True},

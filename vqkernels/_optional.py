@@ -25,5 +25,7 @@ def require(module: str) -> Any:
 
 
 def progress_bar(iterable: Iterable[T], description: str, *, show: bool = True) -> Any:
-    """A tqdm bar with speed and estimated time."""
-    return require("tqdm").tqdm(iterable, desc=description, disable=not show, dynamic_ncols=True)
+    """A tqdm bar with speed and estimated time, or the bare iterable."""
+    if not show:
+        return iterable
+    return require("tqdm").tqdm(iterable, desc=description, dynamic_ncols=True)

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return cast(int, arguments.run(arguments))
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"vqkernels {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

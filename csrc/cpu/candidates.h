@@ -45,10 +45,7 @@ class ExactRow {
  public:
   // `x` and `code` are scratch of one row each.
   ExactRow(const NearestTask& task, double* x, double* centre)
-      : task_(task),
-        frame_(*reinterpret_cast<const Frame*>(task.frame)),
-        x_(x),
-        centre_(centre) {
+      : task_(task), frame_(*reinterpret_cast<const Frame*>(task.frame)), x_(x), centre_(centre) {
     for (int64_t d = 0; d < width(); ++d) centre_[d] = frame_.centre()[d];
     unit_ = double(frame_.scale) * frame_.scale;
   }
@@ -209,8 +206,8 @@ inline void panel_errors(const RowError& row, const PanelBounds& bounds, int64_t
                          float* errors) {
   for (int64_t p = 0; p < panels; p += kLanes) {
     const vf code = load(bounds.code + p), error = load(bounds.error + p);
-    const vf sum = code * (splat(row.per_code) + code * splat(row.per_square)) +
-                   error * splat(row.per_error);
+    const vf sum =
+        code * (splat(row.per_code) + code * splat(row.per_square)) + error * splat(row.per_error);
     store(errors + p, sum + splat(1e-30f));
   }
 }
@@ -240,8 +237,7 @@ inline int64_t list_candidates(const float* least, int64_t stride, const float* 
         scored += make_room(row, exact, x_row, ids);
         bound = splat(row->upper);
       }
-      row->list[row->listed++] = {lower[lane],
-                                  int32_t((first_panel + p) * kPanelWidth + lane)};
+      row->list[row->listed++] = {lower[lane], int32_t((first_panel + p) * kPanelWidth + lane)};
     }
   }
   return scored;

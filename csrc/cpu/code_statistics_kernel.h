@@ -44,8 +44,8 @@ inline void add_compensated(const float* values, int64_t count, float* sum, floa
 
 template <typename X, typename C>
 void add_rows(const Rows& x, const int64_t* indices, const float* weights,
-              const Rows* subtract_from, int64_t codebook_size, int64_t col_begin,
-              int64_t col_end, float* sums) {
+              const Rows* subtract_from, int64_t codebook_size, int64_t col_begin, int64_t col_end,
+              float* sums) {
   const int64_t width = x.width;
   for (int64_t begin = col_begin; begin < col_end; begin += kColumnsAtOnce) {
     const int64_t count = std::min(kColumnsAtOnce, col_end - begin);

@@ -90,8 +90,14 @@ inline void choose_frame(const Codebook& book, float* out) {
 
   auto* frame = reinterpret_cast<Frame*>(out);
   float* centre = out + kHeaderWords;
-  *frame = Frame{kMagic,         kKernelTableVersion, kPanelWidth, int32_t(book.metric),
-                 int32_t(codes), int32_t(dim),        1.0f,        0,
+  *frame = Frame{kMagic,
+                 kKernelTableVersion,
+                 kPanelWidth,
+                 int32_t(book.metric),
+                 int32_t(codes),
+                 int32_t(dim),
+                 1.0f,
+                 0,
                  {}};
   std::memset(centre, 0, sizeof(float) * round_up(dim, 16));
   if (book.metric == Metric::cosine) return;

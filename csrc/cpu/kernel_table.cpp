@@ -12,11 +12,11 @@ extern "C" __attribute__((visibility("default"))) const vqkernels::KernelTable*
 vqkernels_kernel_table() {
   using namespace vqkernels;
   static const KernelTable table = {
-      kKernelTableVersion, VQKERNELS_CAPABILITY, kPanelWidth,     kTileRows,
-      kInt8Screen,         choose_frame,         pack_panels,     pack_tree,
-      hide_duplicates,           nearest_code,         gather_codes,         code_counts,     code_sums,
-      quantize_rows,       quantize_backward_x,  ema_sizes,       ema_codes,
-      timestep_embedding,
+      kKernelTableVersion, VQKERNELS_CAPABILITY, kPanelWidth,         kTileRows,
+      kInt8Screen,         choose_frame,         pack_panels,         pack_tree,
+      hide_duplicates,     nearest_code,         gather_codes,        code_counts,
+      code_sums,           quantize_rows,        quantize_backward_x, ema_sizes,
+      ema_codes,           timestep_embedding,
   };
   return &table;
 }

@@ -79,8 +79,8 @@ struct KernelTable {
   double (*ema_sizes)(const EmaStep& step, int64_t code_begin, int64_t code_end);
   void (*ema_codes)(const EmaStep& step, double total, int64_t code_begin, int64_t code_end);
 
-  void (*timestep_embedding)(const float* t, const double* frequencies, int64_t dim,
-                             int64_t begin, int64_t end, float* out);
+  void (*timestep_embedding)(const float* t, const double* frequencies, int64_t dim, int64_t begin,
+                             int64_t end, float* out);
 };
 
 // A hash of these headers, from the build: objects of different builds refuse each other.

@@ -82,8 +82,8 @@ inline int64_t finish_rows(const NearestTask& task, int64_t chunk, int64_t rows,
   for (int64_t r = 0; r < rows; ++r) {
     RowSearch& search = searches[r];
     scored += settle(&search, exact, chunk + r, ids);
-    const bool decided = in_range(squares[r], task.book.metric) && search.index >= 0 &&
-                         search.upper > -kInfinity;
+    const bool decided =
+        in_range(squares[r], task.book.metric) && search.index >= 0 && search.upper > -kInfinity;
     if (!decided) exact->search_all(chunk + r, &search);
     score[chunk + r - task.row_begin] = search.score;
     index[chunk + r - task.row_begin] = search.index;
@@ -200,8 +200,8 @@ int64_t nearest_small_dim(const NearestTask& task, double* score, int64_t* index
           const int64_t count = one_panel ? 1 : panels;
           score_tile<1>(row, codes.panels + first * panel_words(D), D, count, least);
           for (int64_t p = 0; p < count; ++p) errors[p] = error;
-          scored += list_candidates(least, kLanes, errors, count, begin + first, chunk + r + i,
-                                    ids, &search, &exact);
+          scored += list_candidates(least, kLanes, errors, count, begin + first, chunk + r + i, ids,
+                                    &search, &exact);
         }
       }
     }
@@ -279,8 +279,8 @@ inline int64_t nearest_int8(const NearestTask& task, double* score, int64_t* ind
       const Int8Shape shape = int8_shape(std::min<int64_t>(kInt8TileRows, rows - tile));
       squares[r] = load_framed_row(task.x, chunk + r, frame, row);
       float held, error;
-      rows_int8[r] = quantize_row(row, dim, shape.rows, tiles + tile * words + r - tile, &held,
-                                  &error);
+      rows_int8[r] =
+          quantize_row(row, dim, shape.rows, tiles + tile * words + r - tile, &held, &error);
       row_errors[r] = {error + relative * held * 2, per_square, held};
       searches[r].reset();
     }

@@ -36,7 +36,8 @@ struct PackedLayout {
     tree_panels = dim <= kTreeDim ? bound_stride * (2 * dim + 1) : 0;
     const int64_t supers = round_up(bound_stride / 16, 16);
     screen = tree + tree_ids + tree_panels + (dim <= kTreeDim ? supers * (2 * dim + 1) : 0);
-    words = screen + (dim >= kScreenDim && dim <= kInt8LargestDim ? codes * (round_up(dim, 4) / 4 + 2) : 0);
+    words = screen +
+            (dim >= kScreenDim && dim <= kInt8LargestDim ? codes * (round_up(dim, 4) / 4 + 2) : 0);
   }
 };
 

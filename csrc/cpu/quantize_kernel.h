@@ -35,8 +35,7 @@ inline Parts sum_over(int64_t width, const F& term) {
 }
 
 inline double quantize_rows(const Rows& x, const Rows& codes, const int64_t* indices,
-                            const bool* kept, const Rows& out, int64_t row_begin,
-                            int64_t row_end) {
+                            const bool* kept, const Rows& out, int64_t row_begin, int64_t row_end) {
   const int64_t width = x.width;
   Scratch scratch(3 * width);
   float* x_buffer = scratch.take<float>(width);

@@ -58,8 +58,7 @@ inline Int8Row quantize_row(const float* row, int64_t dim, int64_t step, uint32_
   const int64_t words = round_up(dim, 4) / 4;
   for (int64_t d = 0; d < dim; d += kLanes) {
     alignas(16) uint32_t four[4];
-    _mm_store_si128(reinterpret_cast<__m128i*>(four),
-                    quantizer.bytes(_mm512_loadu_ps(row + d)));
+    _mm_store_si128(reinterpret_cast<__m128i*>(four), quantizer.bytes(_mm512_loadu_ps(row + d)));
     for (int64_t w = d / 4; w < std::min(words, d / 4 + 4); ++w) tile[w * step] = four[w - d / 4];
   }
   *norm = std::sqrt(_mm512_reduce_add_ps(quantizer.squares)) * (1 + 1e-5f);
@@ -133,8 +132,7 @@ void score_int8(const uint32_t* tile, const Int8Row* rows, const float* panels, 
   }
 }
 
-using ScoreInt8 = void (*)(const uint32_t*, const Int8Row*, const float*, int64_t, int64_t,
-                           float*);
+using ScoreInt8 = void (*)(const uint32_t*, const Int8Row*, const float*, int64_t, int64_t, float*);
 
 struct Int8Shape {
   int rows;

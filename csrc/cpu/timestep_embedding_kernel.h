@@ -1,4 +1,5 @@
-// Sinusoidal embedding. B x D / 2 pairs of sine and cosine; written so that the compiler vectorizes.
+// Sinusoidal embedding. B x D / 2 pairs of sine and cosine; written so that the compiler
+// vectorizes.
 #pragma once
 
 #include <cmath>
@@ -20,8 +21,7 @@ inline void sine_cosine(double angle, float* sine, float* cosine) {
   const double r = (angle - turns * kHigh) - turns * kLow, r2 = r * r;
   const double s =
       r + r * r2 * (-1 / 6.0 + r2 * (1 / 120.0 + r2 * (-1 / 5040.0 + r2 * (1 / 362880.0))));
-  const double c =
-      1 + r2 * (-1 / 2.0 + r2 * (1 / 24.0 + r2 * (-1 / 720.0 + r2 * (1 / 40320.0))));
+  const double c = 1 + r2 * (-1 / 2.0 + r2 * (1 / 24.0 + r2 * (-1 / 720.0 + r2 * (1 / 40320.0))));
   // Odd quadrants swap the two, and bit 1 of the quadrant (of the next one for the cosine) negates.
   const uint64_t swap = 0 - (quadrant & 1), s_bits = bit_cast<uint64_t>(s);
   const uint64_t c_bits = bit_cast<uint64_t>(c), change = (s_bits ^ c_bits) & swap;

@@ -29,8 +29,8 @@ Tensor gather_codes(const Tensor& codebook, const Tensor& indices) {
     });
   }
   if (outside > 0) {
-    throw std::out_of_range("indices must lie in [-1, " + std::to_string(codebook.size(
-                                codebook.dim() - 2) - 1) + "], got " +
+    throw std::out_of_range("indices must lie in [-1, " +
+                            std::to_string(codebook.size(codebook.dim() - 2) - 1) + "], got " +
                             std::to_string(outside) + " outside");
   }
   return out;

@@ -24,12 +24,10 @@ auto capabilities() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const bool vnni_bf16 = avx512 && __builtin_cpu_supports("avx512vnni") &&
-                         __builtin_cpu_supports("avx512bf16");
-  return std::array<Capability, 4>{{{"avx512_vnni_bf16", vnni_bf16},
-                                    {"avx512", avx512},
-                                    {"avx2", avx2},
-                                    {"portable", true}}};
+  const bool vnni_bf16 =
+      avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+  return std::array<Capability, 4>{
+      {{"avx512_vnni_bf16", vnni_bf16}, {"avx512", avx512}, {"avx2", avx2}, {"portable", true}}};
 #elif defined(__aarch64__)
   return std::array<Capability, 2>{{{"neon", true}, {"portable", true}}};
 #else
@@ -81,8 +79,7 @@ Loaded load() {
     if (asked != nullptr && *asked != '\0' && asked != std::string(capability.name)) continue;
     if (!capability.supported) continue;
     std::string problem;
-    loaded.table =
-        open_table(directory + "libvqkernels_cpu_" + capability.name + kSuffix, problem);
+    loaded.table = open_table(directory + "libvqkernels_cpu_" + capability.name + kSuffix, problem);
     if (loaded.table != nullptr) return loaded;
     if (loaded.problem.empty()) loaded.problem = problem;
   }

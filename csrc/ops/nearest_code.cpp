@@ -161,8 +161,7 @@ void search(const Tensor& x, const Tensor& codebook, Metric metric,
     const Codebook book{codes_of(codebook, group), metric};
     const float* prepared = nullptr;
     if (packed) {
-      prepared =
-          data<float>(*packed) + group * PackedLayout(book.codes.count, rows.width).words;
+      prepared = data<float>(*packed) + group * PackedLayout(book.codes.count, rows.width).words;
       check_packed(prepared, book);
     }
     search_book(rows, book, prepared, labels.of(group));

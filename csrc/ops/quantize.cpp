@@ -33,19 +33,19 @@ void parallel_chunks(int64_t rows, int64_t dim, const F& f) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize(
-    const Tensor& x, const Tensor& codebook, const std::string& metric,
-    const std::optional<Tensor>& mask, const std::string& /*gradient*/,
-    const std::optional<Tensor>& packed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& x, const Tensor& codebook,
+                                                            const std::string& metric,
+                                                            const std::optional<Tensor>& mask,
+                                                            const std::string& /*gradient*/,
+                                                            const std::optional<Tensor>& packed) {
   const bool grouped = codebook.dim() == 3;
   const int64_t books = book_count(codebook), dim = x.size(x.dim() - 1);
   const int64_t codebook_size = codebook.size(codebook.dim() - 2);
   const auto sizes = x.sizes(), book_sizes = codebook.sizes();
   Tensor quantized = torch::stable::empty_like(x);
-  Tensor indices =
-      empty(std::vector<int64_t>(sizes.begin(), sizes.end() - 1), ScalarType::Long, x);
-  Tensor counts = empty(std::vector<int64_t>(book_sizes.begin(), book_sizes.end() - 1),
-                        ScalarType::Float, x);
+  Tensor indices = empty(std::vector<int64_t>(sizes.begin(), sizes.end() - 1), ScalarType::Long, x);
+  Tensor counts =
+      empty(std::vector<int64_t>(book_sizes.begin(), book_sizes.end() - 1), ScalarType::Float, x);
 
   Labels<int64_t> labels(indices, books);
   std::optional<Labels<bool>> kept;

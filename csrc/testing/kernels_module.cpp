@@ -91,8 +91,8 @@ class Table {
     return index;
   }
 
-  py::array_t<float> code_sums(const py::array& x, const std::string& dtype,
-                               const Indices& indices, int64_t codebook_size) const {
+  py::array_t<float> code_sums(const py::array& x, const std::string& dtype, const Indices& indices,
+                               int64_t codebook_size) const {
     const Rows rows = rows_of(x, dtype);
     py::array_t<float> sums({codebook_size, rows.width});
     std::fill(sums.mutable_data(), sums.mutable_data() + sums.size(), 0.0f);
@@ -101,9 +101,8 @@ class Table {
     return sums;
   }
 
-  py::tuple quantize_rows(const py::array& x, const std::string& x_dtype,
-                          const py::array& codebook, const std::string& codebook_dtype,
-                          const Indices& indices) const {
+  py::tuple quantize_rows(const py::array& x, const std::string& x_dtype, const py::array& codebook,
+                          const std::string& codebook_dtype, const Indices& indices) const {
     const Rows rows = rows_of(x, x_dtype), codes = rows_of(codebook, codebook_dtype);
     py::array out = rows.dtype == DType::f32 ? py::array(Floats({rows.count, rows.width}))
                                              : py::array(Halves({rows.count, rows.width}));

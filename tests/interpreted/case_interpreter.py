@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 import triton
 import triton.language as tl
@@ -37,3 +38,27 @@ def test_dot_and_store_in_bf16():
     _dot_and_round[(1,)](a, b, product, rounded, N=32)
     torch.testing.assert_close(product, a.float() @ b.float())
     assert torch.equal(rounded, product.bfloat16())
+
+
+@triton.jit
+def _copy(source, result, count, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(result + i, tl.load(source + i), mask=i < count)
+
+
+@triton.jit
+def _count(result, count, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.atomic_add(result + i, 1, mask=i < count)
+
+
+def test_guard_sees_what_is_out_of_bounds():
+    whole = torch.arange(16.0)
+    _copy[(1,)](whole, torch.empty(16), 16, N=16)
+    with pytest.raises(Exception, match="1 accesses outside"):
+        _copy[(1,)](whole[:15], torch.empty(16), 16, N=16)
+    with pytest.raises(Exception, match="3 accesses outside"):
+        _copy[(1,)](whole, torch.empty(13), 16, N=16)
+    _copy[(1,)](whole, torch.empty(13), 13, N=16)
+    with pytest.raises(Exception, match="2 accesses outside"):
+        _count[(1,)](torch.zeros(14, dtype=torch.int32), 16, N=16)

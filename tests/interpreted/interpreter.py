@@ -1,13 +1,18 @@
-"""Triton's interpreter, mended for the tests.
+"""Triton's interpreter, mended and guarded for the tests.
 
 Triton 3.9 keeps bf16 as raw 16-bit words. Its `tl.dot` multiplies those words as integers, and its
-fp32 -> bf16 conversion does not round to nearest even. `mend` replaces both; `case_interpreter.py`
-tests the mended ones.
+fp32 -> bf16 conversion does not round to nearest even. `mend` replaces both. `guard` makes every
+load, store and atomic check that it stays within a tensor of its launch. `case_interpreter.py`
+tests all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -48,3 +53,61 @@ def mend() -> None:
 
     builder.cast_impl = cast_impl
     builder.create_dot = create_dot
+
+
+def guard() -> None:
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, atomic = (
+        builder.create_masked_load,
+        builder.create_masked_store,
+        builder.create_atomic_rmw,
+    )
+    call = executor.__call__
+    bounds: list[tuple[int, int]] = []
+
+    def check(pointers, mask) -> None:
+        used = np.broadcast_to(mask.data, pointers.data.shape)
+        first = pointers.data[used].astype(np.uint64)
+        last = first + np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+        inside = np.zeros(first.shape, dtype=bool)
+        for low, high in bounds:
+            inside |= (first >= np.uint64(low)) & (last <= np.uint64(high))
+        if not inside.all():
+            raise IndexError(f"{(~inside).sum()} accesses outside of the launch's tensors")
+
+    def create_masked_load(self, ptrs, mask, *others):
+        check(ptrs, mask)
+        return load(self, ptrs, mask, *others)
+
+    def create_masked_store(self, ptrs, value, mask, *others):
+        check(ptrs, mask)
+        return store(self, ptrs, value, mask, *others)
+
+    def create_atomic_rmw(self, op, ptr, value, mask, *others):
+        check(ptr, mask)
+        return atomic(self, op, ptr, value, mask, *others)
+
+    def guarded_call(self, *args, **kwargs):
+        bounds[:] = {_extent(tensor) for tensor in _tensors(args) if tensor.numel() > 0}
+        return call(self, *args, **kwargs)
+
+    builder.create_masked_load = create_masked_load
+    builder.create_masked_store = create_masked_store
+    builder.create_atomic_rmw = create_atomic_rmw
+    executor.__call__ = guarded_call
+
+
+def _tensors(args: tuple[Any, ...]) -> Iterator[torch.Tensor]:
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from _tensors(arg)
+        elif isinstance(arg, torch.Tensor):
+            yield arg
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte of a tensor and the one behind its last."""
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()

@@ -6,9 +6,7 @@ from torch import Tensor
 from vqkernels.reference._books import (
     group_count,
     labels_per_book,
-    labels_restored,
     rows_per_book,
-    rows_restored,
 )
 from vqkernels.reference.code_statistics import code_statistics
 from vqkernels.reference.gather_codes import gather_codes

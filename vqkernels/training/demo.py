@@ -44,8 +44,8 @@ class DemoSettings:
     image_size: int | None = None
     out: Path = Path("out/demo")
     seed: int = 0
-    vqvae: TrainingPlan = field(default_factory=lambda: TrainingPlan(800, learning_rate=2e-3))
-    dit: TrainingPlan = field(default_factory=lambda: TrainingPlan(1200, learning_rate=1e-3))
+    vqvae: TrainingPlan = field(default_factory=lambda: TrainingPlan(700, learning_rate=2e-3))
+    dit: TrainingPlan = field(default_factory=lambda: TrainingPlan(1000, learning_rate=3e-3))
     samples: int = 200
     sampler_steps: int = 25
     guidance: float = 2.0

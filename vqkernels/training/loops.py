@@ -52,7 +52,11 @@ def train_vqvae(
         optimizer.step()
         schedule.step()
 
-        row = {"step": step, "loss": out.loss.item(), "reconstruction_loss": out[3].item()}
+        row = {
+            "step": step,
+            "loss": out.loss.item(),
+            "reconstruction_loss": out.reconstruction_loss.item(),
+        }
         if step % report_every == 0 or step == plan.steps:
             row["held_out_psnr"] = reconstruction_psnr(model, held_out)
             row["codebook_usage"] = model.quantizer.usage.item()
