@@ -112,6 +112,13 @@ def build_plan(out: Path, with_development_module: bool) -> str:
         lines.append(f"build {target}: link {' '.join(objects)}")
         lines.append(f"  libraries = {libraries}")
 
+    # Nothing that was compiled for one instruction set, templates of the standard library
+    # included, may be found by code that was compiled for another.
+    exports = (
+        "-Wl,-exported_symbol,_vqkernels_kernel_table"
+        if sys.platform == "darwin"
+        else f"-Wl,--version-script={ROOT / 'csrc/cpu/exports.map'}"
+    )
     for name, flags in capabilities.items():
         define = f'-DVQKERNELS_CAPABILITY=\\"{name}\\"'
         table = compile_to(
@@ -119,7 +126,7 @@ def build_plan(out: Path, with_development_module: bool) -> str:
             ROOT / "csrc/cpu/kernel_table.cpp",
             f"-std=c++17 {common} {flags} {define}",
         )
-        link_to(out / f"libvqkernels_cpu_{name}{SUFFIX}", [table], "")
+        link_to(out / f"libvqkernels_cpu_{name}{SUFFIX}", [table], exports)
 
     undefined = " -Wl,-undefined,dynamic_lookup" if sys.platform == "darwin" else ""
     includes = f"-isystem {torch / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET}"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vqkernels import native
 
@@ -83,12 +84,20 @@ def select(op: str, *tensors: Tensor | None) -> str:
             dtypes += (tensor.dtype,)
     if torch.compiler.is_compiling():
         return _choose(_setting, op, device, dtypes)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, tensors)
     key = (_setting, op, device, dtypes)
     chosen = _chosen.get(key)
     if chosen is None:
         chosen = _chosen[key] = _choose(*key)
         _log_choice(chosen, *key)
     return chosen
+
+
+def _refuse_tangents(op: str, tensors: tuple[Tensor | None, ...]) -> None:
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(f"vqkernels.{op}: forward-mode derivatives are not supported")
 
 
 def why_not(backend: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:

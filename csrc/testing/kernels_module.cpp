@@ -61,6 +61,10 @@ class Table {
     py::array_t<float> packed(PackedLayout(book.codes.count, book.codes.width).words);
     std::fill(packed.mutable_data(), packed.mutable_data() + packed.size(), 0.0f);
     table_->choose_frame(book, packed.mutable_data());
+    if (Screen(screen) == Screen::tree) {
+      table_->pack_tree(book, packed.mutable_data());
+      return packed;
+    }
     table_->pack_panels(book, Screen(screen), 0, panels(book), packed.mutable_data());
     table_->hide_duplicates(book, Screen(screen), packed.mutable_data());
     return packed;

@@ -90,6 +90,7 @@ def ema_update(
         raise ValueError(
             f"decay must be a number or one float32 value, got {decay.dtype} {list(decay.shape)}"
         )
+    check_same_device("decay", decay, "codebook", codebook)
     backend = select("ema_update", codebook, cluster_size)
     new_codebook, new_size, new_sum = _ema_update(
         codebook, cluster_size, embed_sum, counts, sums, decay, eps, backend
