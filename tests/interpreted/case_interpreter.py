@@ -62,3 +62,18 @@ def test_guard_sees_what_is_out_of_bounds():
     _copy[(1,)](whole, torch.empty(13), 13, N=16)
     with pytest.raises(Exception, match="2 accesses outside"):
         _count[(1,)](torch.zeros(14, dtype=torch.int32), 16, N=16)
+
+
+@triton.jit
+def _smaller(a, b, result, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(result + i, tl.minimum(tl.load(a + i), tl.load(b + i)))
+
+
+def test_minimum_leaves_out_a_nan():
+    nan = float("nan")
+    a, b = torch.tensor([1.0, nan, 2.0, nan]), torch.tensor([3.0, 4.0, nan, nan])
+    result = torch.empty(4)
+    _smaller[(1,)](a, b, result, N=4)
+    assert result[:3].tolist() == [1.0, 4.0, 2.0]
+    assert result[3].isnan()

@@ -1,7 +1,8 @@
 """Triton's interpreter, mended and guarded for the tests.
 
 Triton 3.9 keeps bf16 as raw 16-bit words. Its `tl.dot` multiplies those words as integers, and its
-fp32 -> bf16 conversion does not round to nearest even. `mend` replaces both. `guard` makes every
+fp32 -> bf16 conversion does not round to nearest even. In Triton 3.6 the minimum of a number and a
+NaN is the NaN. `mend` replaces all three. `guard` makes every
 load, store and atomic check that it stays within a tensor of its launch. `case_interpreter.py`
 tests all of them.
 """
@@ -51,7 +52,11 @@ def mend() -> None:
         )
         return original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
+    def create_minnumf(self, left, right):
+        return self.binary_op(left, right, np.fmin)
+
     builder.cast_impl = cast_impl
+    builder.create_minnumf = create_minnumf
     builder.create_dot = create_dot
 
 

@@ -142,6 +142,7 @@ def _grad_x(
     found = index >= 0
     used = found[:, None] & inside_d
 
+    # Rows without a code load zeros only, and so their gradient is zero.
     grad = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if COMMITTED:
         elements = tl.maximum(tl.load(found_rows), 1).to(tl.float32) * D
@@ -158,4 +159,4 @@ def _grad_x(
         grad += tl.load(at, mask=used, other=0.0).to(tl.float32)
     out = grad_x + row_offsets(g, r, sizes, grad_x_strides)
     out = out[:, None] + column64 * grad_x_strides[4]
-    tl.store(out, tl.where(used, grad, 0.0), mask=inside[:, None] & inside_d)
+    tl.store(out, grad, mask=inside[:, None] & inside_d)
