@@ -41,6 +41,15 @@ def native_cpu() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For files of many small calls; what threads change is tested by setting their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def restored_threads() -> Iterator[None]:
     """Puts the number of intra-op threads back after a test that changes it."""
     before = torch.get_num_threads()

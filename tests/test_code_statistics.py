@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqkernels import code_statistics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_capability = pytest.mark.every_capability
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

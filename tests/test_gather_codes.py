@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vqkernels import gather_codes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_capability = pytest.mark.every_capability
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -22,6 +22,7 @@ DTYPES = {
     "bfloat16 and float32": (torch.bfloat16, torch.float32),
 }
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_capability = pytest.mark.every_capability
 
 

@@ -15,6 +15,7 @@ from vqkernels import nearest_code, pack_codebook
 
 METRICS = ("l2", "dot", "cosine")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_capability = pytest.mark.every_capability
 
 

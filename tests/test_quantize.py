@@ -13,6 +13,7 @@ from _helpers.quantizing import DTYPES, check
 import vqkernels
 from vqkernels import pack_codebook, quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_capability = pytest.mark.every_capability
 METRICS = ("l2", "dot", "cosine")
 

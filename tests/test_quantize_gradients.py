@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vqkernels import quantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_capability = pytest.mark.every_capability
 METRICS = ("l2", "dot", "cosine")
 
