@@ -267,7 +267,7 @@ def test_concurrent_calls_give_the_same_bits(backend: str) -> None:
     """Calls of different shapes from several threads share per-thread working memory."""
     jobs = []
     for rows, codes, dim in ((300, 200, 8), (5, 3000, 64), (400, 90, 33), (64, 64, 3), (1, 9, 16)):
-        x, codebook = make("midpoints", rows, codes, dim)
+        x, codebook = make("neighbours", rows, codes, dim)
         jobs.append((x, codebook, nearest_code(x, codebook), quantize(x, codebook)))
     wrong: list[str] = []
 

@@ -187,7 +187,7 @@ def test_collapsed_book_gives_index_zero(backend: str, dim: int, rows: int, metr
 @every_capability
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dim", [1, 4, 8, 16, 64, 100])
-@pytest.mark.parametrize("kind", ["gaussian", "midpoints", "lattice", "tiny", "outlier"])
+@pytest.mark.parametrize("kind", ["gaussian", "neighbours", "lattice", "tiny", "outlier"])
 def test_batch_invariance(native_cpu: None, kind: str, dim: int, metric: str) -> None:
     x, codebook = make(kind, 300, 130, dim)
     whole = nearest_code(x, codebook, metric=metric)
@@ -203,7 +203,7 @@ def test_batch_invariance(native_cpu: None, kind: str, dim: int, metric: str) ->
 
 def test_batch_invariance_of_the_reference() -> None:
     with vqkernels.use_backend("reference"):
-        x, codebook = make("midpoints", 64, 130, 24)
+        x, codebook = make("neighbours", 64, 130, 24)
         whole = nearest_code(x, codebook)
         alone = torch.cat([nearest_code(row[None], codebook) for row in x])
         assert torch.equal(alone, whole)
@@ -214,7 +214,7 @@ def test_batch_invariance_of_the_reference() -> None:
     "rows_dim_codes",
     [(3, 64, 5000), (5000, 3, 2500), (40, 33, 3000), (900, 8, 700), (800, 64, 300)],
 )
-@pytest.mark.parametrize("kind", ["gaussian", "midpoints", "duplicated", "lattice"])
+@pytest.mark.parametrize("kind", ["gaussian", "neighbours", "duplicated", "lattice"])
 def test_same_bits_on_any_number_of_threads(
     native_cpu: None, restored_threads: None, kind: str, rows_dim_codes: tuple[int, int, int]
 ) -> None:

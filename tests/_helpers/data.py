@@ -85,10 +85,19 @@ def _outlier(n: int, k: int, d: int, g: torch.Generator) -> tuple[Tensor, Tensor
 
 
 def _midpoints(n: int, k: int, d: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Rows halfway between two codes: as near to a tie as fp32 allows."""
+    """Rows halfway between any two codes."""
     _, codes = _gaussian(n, k, d, g)
     pairs = torch.randint(k, (2, n), generator=g)
     return (codes[pairs[0]] + codes[pairs[1]]) / 2, codes
+
+
+def _neighbours(n: int, k: int, d: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows halfway between a code and the code nearest to it: the two best are all but tied."""
+    _, codes = _gaussian(n, k, d, g)
+    chosen = torch.randint(k, (n,), generator=g)
+    apart = torch.cdist(codes[chosen], codes)
+    other = apart.scatter(1, chosen[:, None], torch.inf).argmin(1)
+    return (codes[chosen] + codes[other]) / 2, codes
 
 
 def _lattice(n: int, k: int, d: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -111,6 +120,7 @@ KINDS: dict[str, Callable[[int, int, int, torch.Generator], tuple[Tensor, Tensor
     "one_dimension": _one_dimension,
     "outlier": _outlier,
     "midpoints": _midpoints,
+    "neighbours": _neighbours,
     "lattice": _lattice,
 }
 

@@ -65,6 +65,7 @@ def test_compiles_within_its_means(variant: Variant, table):
     assert result.shared <= SHARED_LIMIT[variant.capability]
     assert result.tensor_instruction == _promised(variant, launch)
     assert not _narrow_offsets(result.ttir)
+    assert not any(loop["LDL"] + loop["STL"] for loop in result.loops), "spills in a loop"
     if variant.config is not None and variant.config.rows == 0:
         _check_minimum(result, variant)
     _compare(variant, result, table)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import vqkernels
+
 pytest.importorskip("triton")
 
 _HERE = Path(__file__).parent
@@ -21,7 +23,9 @@ _CASES = sorted(path.name for path in _HERE.glob("case_*.py"))
 
 @pytest.mark.parametrize("case", _CASES)
 def test_interpreted(case: str) -> None:
-    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    package = str(Path(vqkernels.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", PYTHONPATH=paths)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", case]
     done = subprocess.run(command, cwd=_HERE, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -37,7 +37,7 @@ def measure_step_times(model: VQVAE, images: Tensor, rounds: int = 15) -> list[S
         OURS: (copy.deepcopy(model), contextlib.nullcontext),
         REFERENCE: (copy.deepcopy(model), lambda: use_backend("reference")),
     }
-    package_model = _with_package_quantizer(model)
+    package_model = with_package_quantizer(model)
     if package_model is not None:
         versions[PACKAGE] = (package_model, contextlib.nullcontext)
 
@@ -72,7 +72,8 @@ def format_step_times(rows: list[StepTime], batch: int) -> str:
     return "\n".join(lines)
 
 
-def _with_package_quantizer(model: VQVAE) -> VQVAE | None:
+def with_package_quantizer(model: VQVAE) -> VQVAE | None:
+    """A copy of the model around vector-quantize-pytorch's layer, or None without the package."""
     try:
         from vector_quantize_pytorch import VectorQuantize as PackageVectorQuantize
     except ImportError:
