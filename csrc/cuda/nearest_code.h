@@ -1,0 +1,23 @@
+// Nearest code on CUDA devices: launchers over raw pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace vqkernels::cuda {
+
+struct NearestCode {
+  Rows x;         // `books` groups of `count` rows
+  Rows codebook;  // as many books of `count` codes; only book_stride, strides[2] and col_stride
+                  // matter (middle = 1, inner = count)
+  Metric metric = Metric::l2;
+  Labels labels;               // where `indices` has each row's place
+  int64_t* indices = nullptr;  // -1 for a row without a code
+  int splits = 0;              // parts that K is searched in; 0: as many as fill the device
+};
+
+// Writes the index of every row's nearest code.
+void nearest_code(const NearestCode& problem, const Context& context);
+
+}  // namespace vqkernels::cuda
