@@ -106,6 +106,27 @@ def test_book_without_a_finite_code(dim):
     assert (nearest_code(x, codebook, "l2", splits=2) == -1).all()
 
 
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+@pytest.mark.parametrize("dim", [3, 64, 300])
+def test_codes_whose_squared_norm_overflows(dim, dtypes):
+    x, codebook = make(40, 90, dim, dtypes)
+    far = (codebook.float().sign() * 3e30).to(codebook.dtype)
+    assert (nearest_code(x, far[:1], "l2") == 0).all()
+    assert (nearest_code(x, far, "l2", splits=2) >= 0).all()
+    codebook[:30], codebook[77] = far[:30], far[77]
+    judge(nearest_code(x, codebook, "l2"), x, codebook, "l2")
+    codebook[80, 0] = float("inf")
+    only = codebook[[80, 5, 80]]
+    assert (nearest_code(x, only, "l2") == 1).all()
+
+
+def test_squared_norms_up_to_the_limit_are_exact():
+    x, codebook = make(40, 90, 24)
+    x, codebook = x * 2.0**58, codebook * 2.0**58
+    assert codebook.square().sum(-1).isfinite().all()
+    judge(nearest_code(x, codebook, "l2"), x, codebook, "l2")
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dim", [8, 64])
 def test_offset_and_tiny_data(metric, dim):
@@ -202,6 +223,14 @@ def test_every_product_of_terms_counts(x_dtype, dim):
     expected = (x[:, 0].double() * code.double()).sum(1) > 0
     assert torch.equal(expected, sign > 0)
     assert torch.equal(indices[:, 0], expected.long())
+
+
+def test_native_products_want_one_dtype():
+    x, codebook = make(48, 200, 64, "fp16-fp32")
+    native = select_tiles(80, "native", 64, 48)
+    with pytest.raises(ValueError, match=r"one dtype.*float16 and torch\.float32"):
+        nearest_code(x, codebook, "l2", config=native)
+    judge(nearest_code(x, codebook, "l2"), x, codebook, "l2")
 
 
 def test_terms_add_up():

@@ -4,7 +4,8 @@
     cosine  score = 0 - (x.c) * (1 / |c|)   (a zero code: 0)
 
 The smallest score wins. `bias` holds the first term and +inf for a code with a NaN or an infinity
-and for the padding behind K, so that such a code never wins. Forms of the codes themselves:
+and for the padding behind K, so that such a code never wins. A finite code always can: |c|^2 beyond
+fp32's range (|c| over 1.8e19) counts as the largest fp32 number. Forms of the codes themselves:
 
     NATIVE  none: the search reads the book. `scale` holds 1 / |c| for cosine.
     PLANES  three bf16 terms whose sum is the fp32 code, [3, G, K, D]: tensor cores, fp32 exact.
@@ -133,7 +134,7 @@ def _code_terms(
 
     start_score = tl.zeros([BLOCK_K], tl.float32)
     if METRIC == 0:
-        start_score = squares * 0.5
+        start_score = tl.minimum(squares, 3.4028234663852886e38) * 0.5
     tl.store(bias + g * padded + k, tl.where(wins, start_score, float("inf")), mask=k < padded)
     if METRIC == 2 and FORM == 0:
         inverse = tl.minimum(

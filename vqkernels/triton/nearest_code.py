@@ -2,7 +2,14 @@
 
 Few dimensions in fp32 go to `search_lanes` (registers), everything else to `search_tiles` (tensor
 cores). Neither forms the N x K matrix; the extra memory is the book's terms (at most 6 bytes for
-each of its elements) and 8 bytes a row for each split of K.
+each of its elements), an fp32 row's terms (6 bytes an element) and 8 bytes a row for each split of
+K.
+
+Scores are fp32 numbers, which bounds what is exact: |x| |c| and, for l2, |c|^2 must stay below
+1.7e38 and 3.4e38 (fp16 cannot leave that range). A code that is longer takes part as if |c|^2 were
+3.4e38, so that it loses to codes near a row of ordinary size and wins where it is the only one.
+Where x.c itself overflows the choice is undefined, -1 included. The reference, in float64, has no
+such limits.
 """
 
 from __future__ import annotations
@@ -161,6 +168,12 @@ def _search_tiles(
 ) -> None:
     _, size, dim = books.shape
     split_products = config.products == "split"
+    dtype = rows.tensors[0].dtype
+    if not split_products and dtype != books.dtype:
+        raise ValueError(
+            f"a configuration for native products needs x and codebook of one dtype, got {dtype} "
+            f'and {books.dtype}; one with products="split" takes both'
+        )
     x, x_strides = row_terms(rows) if split_products else native_rows(rows)
     terms = code_terms(books, metric, PLANES if split_products else NATIVE)
     codes = terms.form
@@ -185,7 +198,7 @@ def _search_tiles(
         split.count,
         split.tiles,
         SCALED=metric == "cosine" and not split_products,
-        X_TERMS=TERMS[rows.tensors[0].dtype] if split_products else 0,
+        X_TERMS=TERMS[dtype] if split_products else 0,
         RESIDENT=dim <= block_d,
         WHOLE_D=dim % block_d == 0,
         SPLIT=split.count > 1,

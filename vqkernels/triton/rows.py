@@ -112,6 +112,31 @@ def filled(result: Tensor, rows: Rows, position: int) -> Tensor:
 
 
 @triton.jit
+def search_place(sizes, splits, BLOCK_N: tl.constexpr):
+    """(split, book, rows [BLOCK_N]) of a search's program: all row blocks of one book's split
+    stand next to each other, so that they read the same codes at the same time."""
+    blocks = tl.cdiv(sizes[0], BLOCK_N)
+    split = tl.program_id(0) // blocks % splits
+    g = tl.program_id(0) // blocks // splits
+    return split, g, tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def store_found(
+    index, score, indices, label_strides, scores, sizes, split, g, r, G, SPLIT: tl.constexpr
+):
+    """Each row's index; with SPLIT score and index of this split, for `merge_splits`."""
+    inside = r < sizes[0]
+    if SPLIT:
+        at = (split.to(tl.int64) * G + g) * sizes[0] + r
+        tl.store(scores + at, score, mask=inside)
+        tl.store(indices + at, index, mask=inside)
+    else:
+        at = row_offsets(g, r, sizes, label_strides)
+        tl.store(indices + at, index.to(tl.int64), mask=inside)
+
+
+@triton.jit
 def row_offsets(g, r, sizes, strides):
     """int64 offsets of rows r of book g."""
     n = (r % sizes[2]).to(tl.int64)

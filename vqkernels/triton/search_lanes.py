@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vqkernels.triton.rows import row_offsets
+from vqkernels.triton.rows import row_offsets, search_place, store_found
 
 
 @triton.jit
@@ -45,10 +45,7 @@ def search_lanes(
     BLOCK_K: tl.constexpr,
 ):
     """One program: BLOCK_N rows of one book against one split's tiles of BLOCK_K codes."""
-    blocks = tl.cdiv(sizes[0], BLOCK_N)
-    split = tl.program_id(0) // blocks % splits
-    g = tl.program_id(0) // blocks // splits
-    r = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    split, g, r = search_place(sizes, splits, BLOCK_N)
     inside = r < sizes[0]
     rows = x + row_offsets(g, r, sizes, x_strides)
     stride = padded.to(tl.int64)
@@ -90,11 +87,4 @@ def search_lanes(
         best = tl.where(better, score, best)
         index = tl.where(better, k, index)
     index = tl.where(found, index, -1)
-
-    if SPLIT:
-        at = (split.to(tl.int64) * G + g) * sizes[0] + r
-        tl.store(scores + at, best, mask=inside)
-        tl.store(indices + at, index, mask=inside)
-    else:
-        at = row_offsets(g, r, sizes, label_strides)
-        tl.store(indices + at, index.to(tl.int64), mask=inside)
+    store_found(index, best, indices, label_strides, scores, sizes, split, g, r, G, SPLIT)

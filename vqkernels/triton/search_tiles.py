@@ -5,20 +5,29 @@ operations a cycle each, 1.755 GHz), N = 65536, K = 16384:
 
     tensor      2 N K D / 989 TFLOP/s: 0.14 ms at D = 64, 0.56 ms at D = 256; fp32 rows as six
                 half-precision products: six times that (fp32 lanes alone: 15 times)
-    epilogue    each of the N K scores costs one subtraction and three operations for the minimum
-                and its place: 0.036 ms an operation, 0.14 ms. With two or more programs on a
-                multiprocessor it hides behind another program's products.
+    epilogue    each of the N K scores costs a subtraction, a minimum, a comparison and, for its
+                place, part of a selection: 3.0 (sm_100, which subtracts two at once) to 3.7
+                instructions as compiled, 0.036 ms an instruction if all of them issue at full rate:
+                0.11 to 0.13 ms. With two or more programs on a multiprocessor it hides behind
+                another program's products.
     bytes       x and indices once, the book once for every BLOCK_N rows out of L2:
                 K D 2 bytes * N / BLOCK_N = 4.3 GB at D = 256, 0.8 ms at 5.5 TB/s if nothing else
                 ran; BLOCK_N = 128 keeps it level with the tensor cores.
 
-So the minimum must stay cheap. A row's running minimum is kept in eight lanes, one for each
-column modulo 8: within a tile the 16 columns of a lane are halved four times, which stays inside a
-thread in every tensor-core layout, and no shuffle is needed until the very end. The lower index
-stands on the left in every comparison and wins a tie.
+So the minimum must stay cheap. A row's running minimum is kept in LANES lanes, one for each column
+modulo LANES: 8 columns repeat in a thread of a wgmma or tcgen05 result, 16 or 32 where warps of
+mma.sync stand side by side on the codes (configs.py). Within half a tile the columns of a lane are
+halved until one is left, which stays inside a thread, and no shuffle is needed until the very end.
+The lower index stands on the left in every comparison and wins a tie.
 
 fp32 is exact without TF32: x = x1 + x2 + x3 and c = c1 + c2 + c3 in bf16, and the six products
-that reach 2^-24 are summed in fp32, the small ones first.
+that reach 2^-24 are summed in fp32, the small ones first. An estimate of the alternative, one
+product of half-precision terms as a screen: if its error leaves five codes a row to check, each D
+multiply-adds in fp32 and D 4 bytes out of L2, that is 0.34 GB at N = 65536, D = 256, 0.06 ms, beside
+a product of 0.56 ms at K = 16384 instead of 3.4 ms. But a minimum alone does not say which codes
+lie within the error: the epilogue has to compare each score with the row's bound and set candidates
+aside, a branch and a list in shared memory that Triton cannot express without writing the scores
+out. The CUDA kernel is the place for that; here the six products stay.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -28,7 +37,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vqkernels.triton.rows import row_offsets
+from vqkernels.triton.rows import row_offsets, search_place, store_found
 
 # Which terms of x and of a code make each product, two bits a pair, smallest first:
 # (2, 0), (1, 1), (1, 0), (0, 2), (0, 1), (0, 0). Two terms of x need the last five, one the last 3.
@@ -70,10 +79,7 @@ def search_tiles(
     RESIDENT: D <= BLOCK_D, x stays on chip.
     SPLIT: write the best score and index of this split, to be merged; else the final index.
     """
-    blocks = tl.cdiv(sizes[0], BLOCK_N)
-    split = tl.program_id(0) // blocks % splits
-    g = tl.program_id(0) // blocks // splits
-    r = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    split, g, r = search_place(sizes, splits, BLOCK_N)
     inside_n = r < sizes[0]
     d = tl.arange(0, BLOCK_D)
     d64 = d.to(tl.int64)
@@ -145,13 +151,7 @@ def search_tiles(
     score = tl.min(best, 1)
     index = tl.min(tl.where(best == score[:, None], candidate, 0x7FFFFFFF), 1)
     index = tl.where(finite & (index < K), index, -1)
-    if SPLIT:
-        at = (split.to(tl.int64) * G + g) * sizes[0] + r
-        tl.store(scores + at, score, mask=inside_n)
-        tl.store(indices + at, index, mask=inside_n)
-    else:
-        at = row_offsets(g, r, sizes, label_strides)
-        tl.store(indices + at, index.to(tl.int64), mask=inside_n)
+    store_found(index, score, indices, label_strides, scores, sizes, split, g, r, G, SPLIT)
 
 
 @triton.jit
