@@ -1,8 +1,11 @@
-"""Builds the native CPU kernels with ninja: one shared object an instruction set, free of torch,
-and one ops object over LibTorch's stable ABI, free of Python.
+"""Builds the native kernels with ninja. CPU: one shared object an instruction set, free of torch,
+and one ops object over LibTorch's stable ABI, free of Python. CUDA: one object, kernels and ops.
 
-Environment: VQKERNELS_NATIVE=1 makes a failed native build an error (default: build what can be
-built, say loudly what could not); VQKERNELS_NATIVE=0 skips it. CXX names the compiler.
+Environment: VQKERNELS_NATIVE=1 makes a failed CPU build an error (default: build what can be
+built, say loudly what could not); VQKERNELS_NATIVE=0 skips it. VQKERNELS_CUDA: auto (default)
+builds where nvcc is found and torch has CUDA, 1 also against a torch without CUDA, and fails where
+it can't, 0 does not. VQKERNELS_CUDA_ARCHS, such as "90a" or "80+PTX 90a", names other targets.
+CXX and CUDACXX name the compilers.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -44,6 +49,12 @@ COMMON = (
     "-O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
     "-Wall -Wextra -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized"
 )
+
+# Machine code for each family of data-centre and consumer GPUs (that of 8.0 runs on 8.6 and 8.9
+# too), and text that the driver translates for whatever comes: of 8.0, so that it fits all.
+CUDA_TARGETS = "80+PTX 90a 100 120"
+CUDA_OBJECT = "libvqkernels_cuda.so"
+DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 
 
 class NativeBuildError(Exception):
@@ -85,32 +96,91 @@ def table_version() -> str:
     return str(int.from_bytes(digest[:4], "little") >> 1)
 
 
+def nvcc() -> str:
+    home = os.environ.get("CUDA_HOME")
+    asked = os.environ.get("CUDACXX")
+    folders = [f"{home}/bin/"] if home else []
+    for name in [asked] if asked else [*(f + "nvcc" for f in folders), "nvcc", DEFAULT_NVCC]:
+        if shutil.which(name.split()[0]):
+            return name
+    if asked:
+        raise NativeBuildError(f"the compiler that CUDACXX names was not found: {asked!r}")
+    raise NativeBuildError(
+        f"nvcc was not found (looked at $CUDACXX, $CUDA_HOME/bin, $PATH, {DEFAULT_NVCC})"
+    )
+
+
+def torch_has_cuda() -> bool:
+    """Read, not imported: that takes seconds."""
+    version = (torch_directory() / "version.py").read_text()
+    return re.search(r"^cuda\b[^=]*= *['\"]", version, re.MULTILINE) is not None
+
+
+def toolkit_paths(compiler: str) -> tuple[list[str], list[str]]:
+    """Where nvcc looks for headers and for libraries, as it says itself."""
+    command = [*compiler.split(), "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    found: dict[str, list[str]] = {}
+    for name, flag in (("INCLUDES", "-I"), ("LIBRARIES", "-L")):
+        line = re.search(rf"^#\$ {name}=(.*)$", said, re.MULTILINE)
+        words = shlex.split(line[1]) if line else []
+        found[name] = [word[2:] for word in words if word.startswith(flag)]
+        if not found[name]:
+            raise NativeBuildError(f"{compiler} --dryrun does not say its {name}:\n{said}")
+    return found["INCLUDES"], found["LIBRARIES"]
+
+
+def cuda_targets() -> list[str]:
+    asked = os.environ.get("VQKERNELS_CUDA_ARCHS") or CUDA_TARGETS
+    targets = re.split(r"[\s,;]+", asked.strip())
+    wrong = [name for name in targets if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", name)]
+    if wrong:
+        raise NativeBuildError(
+            f'VQKERNELS_CUDA_ARCHS must be targets such as "80+PTX 90a", got {asked!r}'
+        )
+    return targets
+
+
+class NinjaFile:
+    """Rules, and what is compiled and linked by them."""
+
+    def __init__(self) -> None:
+        self.lines = [
+            f"cxx = {compiler()}",
+            "rule compile",
+            "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = compile $out",
+            "rule link",
+            "  command = $cxx -shared $in -o $out $libraries",
+            "  description = link $out",
+        ]
+
+    def compile(self, target: str, source: Path, flags: str, rule: str = "compile") -> str:
+        self.lines += [f"build {target}: {rule} {source}", f"  flags = {flags}"]
+        return target
+
+    def link(self, target: Path, objects: list[str], libraries: str, after: str = "") -> None:
+        also = f" | {after}" if after else ""
+        self.lines += [f"build {target}: link {' '.join(objects)}{also}"]
+        self.lines += [f"  libraries = {libraries}"]
+
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+def ops_flags(torch: Path) -> str:
+    return f"-std=c++20 -isystem {torch / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
+
+
 def build_plan(out: Path, with_development_module: bool) -> str:
-    """The ninja file: rules, then the kernel tables, the ops object, the development module."""
+    """The CPU's ninja file: the kernel tables, the ops object, the development module."""
     torch = torch_directory()
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
     capabilities = CAPABILITIES.get(machine, {"portable": ""})
     common = f"{COMMON} -DVQKERNELS_TABLE_VERSION={table_version()}"
-    lines = [
-        f"cxx = {compiler()}",
-        "rule compile",
-        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule link",
-        "  command = $cxx -shared $in -o $out $libraries",
-        "  description = link $out",
-    ]
-
-    def compile_to(target: str, source: Path, flags: str) -> str:
-        lines.append(f"build {target}: compile {source}")
-        lines.append(f"  flags = {flags}")
-        return target
-
-    def link_to(target: Path, objects: list[str], libraries: str) -> None:
-        lines.append(f"build {target}: link {' '.join(objects)}")
-        lines.append(f"  libraries = {libraries}")
+    file = NinjaFile()
 
     # Nothing that was compiled for one instruction set, templates of the standard library
     # included, may be found by code that was compiled for another.
@@ -121,20 +191,19 @@ def build_plan(out: Path, with_development_module: bool) -> str:
     )
     for name, flags in capabilities.items():
         define = f'-DVQKERNELS_CAPABILITY=\\"{name}\\"'
-        table = compile_to(
+        table = file.compile(
             f"table_{name}.o",
             ROOT / "csrc/cpu/kernel_table.cpp",
             f"-std=c++17 {common} {flags} {define}",
         )
-        link_to(out / f"libvqkernels_cpu_{name}{SUFFIX}", [table], exports)
+        file.link(out / f"libvqkernels_cpu_{name}{SUFFIX}", [table], exports)
 
     undefined = " -Wl,-undefined,dynamic_lookup" if sys.platform == "darwin" else ""
-    includes = f"-isystem {torch / 'include'} -DTORCH_TARGET_VERSION={TORCH_TARGET}"
     objects = [
-        compile_to(f"ops_{source.stem}.o", source, f"-std=c++20 {common} {includes}")
+        file.compile(f"ops_{source.stem}.o", source, f"{common} {ops_flags(torch)}")
         for source in sorted((ROOT / "csrc/ops").glob("*.cpp"))
     ]
-    link_to(
+    file.link(
         out / f"libvqkernels_ops{SUFFIX}",
         objects,
         f"-L{torch / 'lib'} -ltorch_cpu -ldl{undefined}",
@@ -145,40 +214,129 @@ def build_plan(out: Path, with_development_module: bool) -> str:
 
         python = sysconfig.get_paths()["include"]
         flags = f"-std=c++17 {common} -isystem {pybind11.get_include()} -isystem {python}"
-        module = compile_to("kernels_module.o", ROOT / "csrc/testing/kernels_module.cpp", flags)
+        module = file.compile("kernels_module.o", ROOT / "csrc/testing/kernels_module.cpp", flags)
         extension = sysconfig.get_config_var("EXT_SUFFIX")
-        link_to(out / f"_kernels{extension}", [module], f"-ldl{undefined}")
-    return "\n".join(lines) + "\n"
+        file.link(out / f"_kernels{extension}", [module], f"-ldl{undefined}")
+    return file.text()
+
+
+def cuda_plan(out: Path) -> str:
+    """The ninja file of the CUDA object: kernels by nvcc, ops by the C++ compiler, and nothing that
+    a machine has to bring but torch and the driver."""
+    torch = torch_directory()
+    cuda_compiler, targets = nvcc(), cuda_targets()
+    includes, libraries = toolkit_paths(cuda_compiler)
+    file = NinjaFile()
+    file.lines += [
+        f"nvcc = {cuda_compiler}",
+        "rule compile_cuda",
+        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        # With the name of torch's library and nothing in it, so that an object can be linked where
+        # that library is not.
+        "rule stub",
+        "  command = $cxx -shared -nostdlib -Wl,-soname,$out -x c++ /dev/null -o $out",
+        "build libtorch_cuda.so: stub",
+    ]
+    code = []
+    for target in targets:
+        name, _, text = target.partition("+")
+        virtual = f"compute_{name}"
+        code.append(f"-gencode=arch={virtual},code=sm_{name}")
+        if text:
+            code.append(f"-gencode=arch={virtual},code={virtual}")
+    # Where compute-sanitizer and profilers are to name a line, the code has to know it.
+    flags = "-std=c++17 -O3 -fmad=false -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden"
+    objects = [
+        file.compile(f"{source.stem}.cu.o", source, f"{flags} {' '.join(code)}", "compile_cuda")
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    ]
+    toolkit = " ".join(f"-isystem {path}" for path in includes)
+    define = f"-DUSE_CUDA -DVQKERNELS_CUDA_TARGETS='\"{' '.join(targets)}\"'"
+    objects += [
+        file.compile(
+            f"ops_{source.stem}.o", source, f"{COMMON} {ops_flags(torch)} {toolkit} {define}"
+        )
+        for source in sorted((ROOT / "csrc/cuda/ops").glob("*.cpp"))
+    ]
+    file.link(
+        out / CUDA_OBJECT,
+        objects,
+        f"-Wl,--version-script={ROOT / 'csrc/cuda/ops/exports.map'} "
+        "-Wl,--no-as-needed -L. -ltorch_cuda -Wl,--as-needed "
+        f"-L{torch / 'lib'} -ltorch_cpu {' '.join(f'-L{path}' for path in libraries)} "
+        "-lcudart_static -lpthread -ldl -lrt",
+        after="libtorch_cuda.so",
+    )
+    return file.text()
 
 
 class BuildNative(build_ext):
-    """Runs ninja over `build_plan`; an in-place build gets the development module too."""
+    """Runs ninja over the plans; an in-place build gets the development module too."""
 
     def out_directory(self) -> Path:
         base = ROOT if self.inplace else Path(self.build_lib).resolve()
         return base / "vqkernels" / "lib"
 
     def run(self) -> None:
-        wanted = os.environ.get("VQKERNELS_NATIVE", "auto")
         out = self.out_directory()
         out.mkdir(parents=True, exist_ok=True)
-        problem = "VQKERNELS_NATIVE=0 asked for no native kernels" if wanted == "0" else None
-        if problem is None:
-            try:
-                self.build(out)
-            except NativeBuildError as error:
-                if wanted == "1":
-                    raise SystemExit(f"vqkernels: native build failed: {error}") from None
-                problem = str(error)
-        (out / "build.json").write_text(json.dumps({"problem": problem}) + "\n")
+        problem = self.build_for_cpu(out)
+        cuda_problem = self.build_for_cuda(out)
+        said = {"problem": problem, "cuda_problem": cuda_problem}
+        (out / "build.json").write_text(json.dumps(said) + "\n")
         if problem is not None:
-            announce(problem)
+            announce(
+                f"NO NATIVE KERNELS WERE BUILT\n{problem}\nThe package works, on its slow PyTorch "
+                "references. `vqkernels info` shows this too."
+            )
 
-    def build(self, out: Path) -> None:
+    def build_for_cpu(self, out: Path) -> str | None:
+        """Why there are no kernels, if there are none."""
+        wanted = setting("VQKERNELS_NATIVE")
+        if wanted == "0":
+            return "VQKERNELS_NATIVE=0 asked for no native kernels"
+        try:
+            self.run_ninja("native", build_plan(out, with_development_module=bool(self.inplace)))
+        except NativeBuildError as error:
+            if wanted == "1":
+                raise SystemExit(f"vqkernels: native build failed: {error}") from None
+            return str(error)
+        return None
+
+    def build_for_cuda(self, out: Path) -> str | None:
+        """Why no CUDA object was built, if none was. One that lies there stays: where it can be
+        used, it may have been built elsewhere."""
+        wanted = setting("VQKERNELS_CUDA")
+        if wanted == "0":
+            return "VQKERNELS_CUDA=0 asked for no CUDA kernels"
+        if wanted == "auto" and setting("VQKERNELS_NATIVE") == "0":
+            return "VQKERNELS_NATIVE=0 asked for no native kernels"
+        try:
+            if sys.platform != "linux":
+                raise NativeBuildError("CUDA kernels are built on Linux only")
+            if wanted == "auto" and not torch_has_cuda():
+                return (
+                    "this torch was built without CUDA; VQKERNELS_CUDA=1 builds them all the same"
+                )
+            self.run_ninja("cuda", cuda_plan(out))
+        except NativeBuildError as error:
+            if wanted == "1":
+                raise SystemExit(f"vqkernels: CUDA build failed: {error}") from None
+            if not (out / CUDA_OBJECT).exists():
+                announce(
+                    f"NO CUDA KERNELS WERE BUILT\n{error}\nOn GPUs the package runs on Triton, "
+                    "where that is installed. `vqkernels info` shows this too."
+                )
+            return str(error)
+        return None
+
+    def run_ninja(self, what: str, plan: str) -> None:
         kind = "development" if self.inplace else "package"
-        directory = ROOT / "build" / f"native-{kind}-{sysconfig.get_platform()}"
+        directory = ROOT / "build" / f"{what}-{kind}-{sysconfig.get_platform()}"
         directory.mkdir(parents=True, exist_ok=True)
-        plan = build_plan(out, with_development_module=bool(self.inplace))
         (directory / "build.ninja").write_text(plan)
         command = [ninja(), "-C", str(directory)]
         if os.environ.get("MAX_JOBS"):
@@ -202,14 +360,17 @@ class BuildNative(build_ext):
         """Nothing to copy: an in-place build writes into the package at once."""
 
 
-def announce(problem: str) -> None:
+def setting(name: str) -> str:
+    value = os.environ.get(name) or "auto"
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"vqkernels: {name} must be auto, 0 or 1, got {value!r}")
+    return value
+
+
+def announce(message: str) -> None:
     """Say it where the user sees it: pip swallows the output of a build that succeeds."""
     bar = "=" * 78
-    text = (
-        f"\n{bar}\nvqkernels: NO NATIVE KERNELS WERE BUILT\n{problem}\n"
-        f"The package works, on its slow PyTorch references. `vqkernels info` shows this too.\n"
-        f"{bar}\n"
-    )
+    text = f"\n{bar}\nvqkernels: {message}\n{bar}\n"
     print(text, file=sys.stderr)
     with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
         terminal.write(text)
