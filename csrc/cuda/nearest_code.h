@@ -9,8 +9,7 @@ namespace vqkernels::cuda {
 
 struct NearestCode {
   Rows x;         // `books` groups of `count` rows
-  Rows codebook;  // as many books of `count` codes; only book_stride, strides[2] and col_stride
-                  // matter (middle = 1, inner = count)
+  Rows codebook;  // as many books of `count` codes, evenly spaced by strides[0]
   Metric metric = Metric::l2;
   Labels labels;               // where `indices` has each row's place
   int64_t* indices = nullptr;  // -1 for a row without a code

@@ -1,12 +1,12 @@
 // What the ops layer hands to a launcher: raw pointers, sizes, the device. Torch-free.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 #include <functional>
 
 #include "../common/dtypes.h"
+
+struct CUstream_st;  // cudaStream_t points to it; host code needs no CUDA header for that
 
 namespace vqkernels::cuda {
 
@@ -35,7 +35,7 @@ struct Labels {
 
 // What a launcher needs to know of the GPU.
 struct Device {
-  int capability = 80;          // 10 * major + minor
+  int capability = 80;  // 10 * major + minor
   int multiprocessors = 1;
   int shared_block = 48 << 10;  // bytes of shared memory that one block may opt in to
   int shared_total = 48 << 10;  // bytes that the blocks of one multiprocessor share
@@ -45,7 +45,7 @@ struct Device {
 // use it in stream order). `allocate` gives memory aligned to 256 bytes, not initialized.
 struct Context {
   Device device;
-  cudaStream_t stream = nullptr;
+  CUstream_st* stream = nullptr;
   std::function<void*(int64_t bytes)> allocate;
 
   template <typename T>

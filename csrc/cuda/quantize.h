@@ -8,10 +8,10 @@
 namespace vqkernels::cuda {
 
 struct Quantize {
-  NearestCode search;           // its indices: -1 also where `mask` is false
-  const uint8_t* mask = nullptr;  // optional, at `search.labels`; 0 leaves a row out
-  Rows quantized;               // the grid of search.x, its own strides, x's dtype
-  float* counts = nullptr;      // `[books, K]`
+  NearestCode search;                // its indices: -1 also where `mask` is false
+  const uint8_t* mask = nullptr;     // optional, at `search.labels`; 0 leaves a row out
+  Rows quantized;                    // the grid of search.x, its own strides, x's dtype
+  float* counts = nullptr;           // `[books, K]`
   float* commitment_loss = nullptr;  // one number each
   float* codebook_loss = nullptr;
 };

@@ -1,0 +1,183 @@
+// Nearest code on CUDA devices: forms and terms, one tensor-core search, decisions in float64.
+//
+//   prepare_codes, prepare_rows   half-precision forms, and how far off they are   prepare.h
+//   search_tiles                  candidates of every row                          search_tiles.h
+//   decide, resolve               the index of every row                           decide.h
+//
+// Half-precision inputs of one dtype that lie well in memory are searched as they are. Everything
+// else (fp32, mixed, strided) is screened in fp16, which is as fast; for D <= 16 with three
+// products side by side, so that hardly a row is left undecided. fp32 lanes would need D
+// multiply-adds for each score, 0.29 ms at D = 8 for the shapes in search_tiles.h; two tensor-core
+// steps need 0.11 ms.
+//
+// Exact: the index is that of the least float64 distance, the lowest one among equals, whatever the
+// screen. Memory: the forms, 2 bytes an element (6 up to D = 16), and 48 bytes a row and split.
+#include <algorithm>
+
+#include "decide.h"
+#include "nearest_code.h"
+#include "prepare.h"
+#include "search_tiles.h"
+
+namespace vqkernels::cuda {
+namespace {
+
+constexpr int kThreeTerms = 16;  // up to this D
+constexpr int kLeastTiles = 4;   // of a split, so that reading its rows is paid for
+
+bool lies_well(const Rows& rows) {
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 &&
+                       rows.strides[0] % kPiece == 0 && rows.book_stride % kPiece == 0 &&
+                       rows.width % kPiece == 0;
+  return aligned && rows.col_stride == 1 && rows.middle == 1 && rows.inner == 1 &&
+         rows.dtype != DType::f32;
+}
+
+struct Plan {
+  bool direct;  // search the inputs as they are
+  int terms, width;
+  int tiles, splits, tiles_per_split;
+  int warps_m, stages;
+};
+
+template <int kWarpsM>
+int shared_bytes(int width, int stages) {
+  return SearchLayout<kWarpsM>(width, stages).bytes;
+}
+
+Plan plan(const NearestCode& problem, const Device& device) {
+  const int dim = int(problem.x.width);
+  Plan plan;
+  plan.direct = lies_well(problem.x) && lies_well(problem.codebook) &&
+                problem.x.dtype == problem.codebook.dtype;
+  plan.terms = plan.direct ? 0 : dim <= kThreeTerms ? 3 : 1;
+  plan.width = plan.direct ? dim : (plan.terms * dim + kStep - 1) / kStep * kStep;
+
+  // 256 rows a block read a long book half as often; with 128, two blocks share a multiprocessor.
+  const int chunks = (plan.width + kChunk - 1) / kChunk;
+  const bool long_rows = chunks > 2 && chunks <= kResident;
+  const bool many_rows = problem.x.count >= 256 * device.multiprocessors;
+  plan.warps_m =
+      long_rows && many_rows && shared_bytes<4>(plan.width, 2) <= device.shared_block ? 4 : 2;
+  const int blocks = plan.warps_m == 2 ? 2 : 1;
+  const int three =
+      plan.warps_m == 2 ? shared_bytes<2>(plan.width, 3) : shared_bytes<4>(plan.width, 3);
+  plan.stages = three <= device.shared_block && three * blocks <= device.shared_total ? 3 : 2;
+
+  plan.tiles = blocks_for(problem.codebook.count, kTileCodes);
+  const int rows = blocks_for(problem.x.count, 64 * plan.warps_m) * int(problem.x.books);
+  const int wanted = problem.splits > 0 ? problem.splits : blocks * device.multiprocessors / rows;
+  const int most = problem.splits > 0 ? plan.tiles : plan.tiles / kLeastTiles;
+  plan.tiles_per_split = blocks_for(plan.tiles, std::max(1, std::min(wanted, most)));
+  plan.splits = blocks_for(plan.tiles, plan.tiles_per_split);
+  return plan;
+}
+
+template <typename Half, bool kScreen, int kWarpsM>
+void launch_search(const Search& search, const Context& context) {
+  const int64_t blocks =
+      int64_t(blocks_for(search.rows, 64 * kWarpsM)) * search.books * search.splits;
+  VQKERNELS_LAUNCH((search_tiles<Half, kScreen, kWarpsM>), dim3(unsigned(blocks)),
+                   dim3(SearchLayout<kWarpsM>::kThreads),
+                   shared_bytes<kWarpsM>(search.width, search.stages), context.stream)
+  (search);
+}
+
+template <typename Half, bool kScreen>
+void launch_search(const Search& search, const Plan& plan, const Context& context) {
+  if (plan.warps_m == 4) return launch_search<Half, kScreen, 4>(search, context);
+  launch_search<Half, kScreen, 2>(search, context);
+}
+
+}  // namespace
+
+void nearest_code(const NearestCode& problem, const Context& context) {
+  const Rows &x = problem.x, &codebook = problem.codebook;
+  const int64_t all_rows = x.books * x.count;
+  if (all_rows == 0) return;
+  const Plan plan = vqkernels::cuda::plan(problem, context.device);
+  const unsigned books = unsigned(x.books);
+
+  float* centre = nullptr;
+  if (!plan.direct && problem.metric == Metric::l2) {
+    centre = context.array<float>(x.books * x.width);
+    with_type(codebook.dtype, [&](auto type) {
+      VQKERNELS_LAUNCH((book_centre<typename decltype(type)::type>),
+                       dim3(blocks_for(x.width, kWarp), books), dim3(kPrepareThreads), 0,
+                       context.stream)
+      (codebook, centre);
+    });
+  }
+  CodeForms codes{codebook,   centre,  problem.metric, plan.terms,
+                  plan.width, nullptr, nullptr,        nullptr};
+  RowForms rows{x, centre, plan.terms, plan.width, nullptr, nullptr};
+  codes.tiles = context.array<Tile>(x.books * plan.tiles);
+  codes.undecided = context.array<int>(1);
+  rows.terms_of_row = context.array<RowTerms>(all_rows);
+  if (!plan.direct) {
+    codes.forms = context.array<__half>(x.books * plan.tiles * kTileCodes * plan.width);
+    rows.forms = context.array<__half>(all_rows * plan.width);
+  }
+  with_type(codebook.dtype, [&](auto type) {
+    VQKERNELS_LAUNCH((prepare_codes<typename decltype(type)::type>), dim3(plan.tiles, books),
+                     dim3(kPrepareThreads), 0, context.stream)
+    (codes);
+  });
+  with_type(x.dtype, [&](auto type) {
+    VQKERNELS_LAUNCH((prepare_rows<typename decltype(type)::type>),
+                     dim3(blocks_for(x.count, kPrepareWarps), books), dim3(kPrepareThreads), 0,
+                     context.stream)
+    (rows);
+  });
+
+  Search search{};
+  search.x = plan.direct ? x.data : rows.forms;
+  search.x_stride = plan.direct ? x.strides[0] : plan.width;
+  search.x_book = plan.direct ? x.book_stride : x.count * plan.width;
+  search.codes = plan.direct ? codebook.data : codes.forms;
+  search.code_stride = plan.direct ? codebook.strides[0] : plan.width;
+  search.code_book =
+      plan.direct ? codebook.book_stride : int64_t(plan.tiles) * kTileCodes * plan.width;
+  search.row_terms = rows.terms_of_row;
+  search.tiles = codes.tiles;
+  search.records = context.array<Record>(plan.splits * all_rows);
+  search.rows = int(x.count);
+  search.codes_count = int(codebook.count);
+  search.width = plan.width;
+  search.books = int(x.books);
+  search.tile_count = plan.tiles;
+  search.splits = plan.splits;
+  search.tiles_per_split = plan.tiles_per_split;
+  search.stages = plan.stages;
+  if (!plan.direct) {
+    launch_search<__half, true>(search, plan, context);
+  } else if (x.dtype == DType::f16) {
+    launch_search<__half, false>(search, plan, context);
+  } else {
+    launch_search<__nv_bfloat16, false>(search, plan, context);
+  }
+
+  Decision decision{search.records,
+                    rows.terms_of_row,
+                    x,
+                    codebook,
+                    problem.metric,
+                    problem.labels,
+                    problem.indices,
+                    plan.splits,
+                    codes.undecided,
+                    context.array<int32_t>(all_rows)};
+  VQKERNELS_LAUNCH(decide, dim3(blocks_for(all_rows, kDecideThreads)), dim3(kDecideThreads), 0,
+                   context.stream)
+  (decision);
+  const unsigned resolvers =
+      unsigned(std::min<int64_t>(all_rows, 4 * context.device.multiprocessors));
+  with_types(x.dtype, codebook.dtype, [&](auto row, auto code) {
+    using T = typename decltype(row)::type;
+    using C = typename decltype(code)::type;
+    VQKERNELS_LAUNCH((resolve<T, C>), dim3(resolvers), dim3(kResolveThreads), 0, context.stream)
+    (decision);
+  });
+}
+
+}  // namespace vqkernels::cuda

@@ -1,0 +1,289 @@
+// Half-precision forms and terms of codes and rows (search_terms.h): one pass over each.
+//
+// Forms have `width` columns, D rounded up to a tensor-core step. For few dimensions three products
+// lie side by side, and the one search computes them all:
+//
+//   row   high  low   high        x = high + low + dx,   |low| <= 2^-10.9 X
+//   code  high  high  low         c = high + low + dc
+//
+// x.c less the sum is dx.c + (x - dx).dc + low.low: E = |dc| + 2^-10.9 |code's low|.
+// Floor: rows and codes are read once (codes of a tile twice, the second time from a cache), 2
+// bytes an element are written.
+#pragma once
+
+#include "search_terms.h"
+
+namespace vqkernels::cuda {
+
+constexpr int kPrepareThreads = 256;
+constexpr int kPrepareWarps = kPrepareThreads / kWarp;
+constexpr int kMostSampled = 512;
+constexpr float kLowPart = 0x1p-10f;  // above 2^-10.9
+
+// The mean of at most kMostSampled codes, column by column, over finite entries: any vector would
+// do. A block has 32 columns, a warp every eighth sampled code.
+template <typename T>
+__global__ void __launch_bounds__(kPrepareThreads) book_centre(Rows codebook, float* centre) {
+  __shared__ float sums[kPrepareWarps][kWarp];
+  __shared__ int counts[kPrepareWarps][kWarp];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int book = blockIdx.y, column = blockIdx.x * kWarp + lane;
+  const int size = int(codebook.count), width = int(codebook.width);
+  const int stride = (size + kMostSampled - 1) / kMostSampled;
+  float sum = 0;
+  int count = 0;
+  if (column < width) {
+    for (int64_t code = int64_t(warp) * stride; code < size; code += kPrepareWarps * stride) {
+      const T* at = row_of<T>(codebook, book, int(code));
+      const float value = element(at[column * codebook.col_stride]);
+      if (fabsf(value) < 0x1p100f) {
+        sum += value;
+        ++count;
+      }
+    }
+  }
+  sums[warp][lane] = sum;
+  counts[warp][lane] = count;
+  __syncthreads();
+  if (warp == 0 && column < width) {
+    for (int other = 1; other < kPrepareWarps; ++other) {
+      sum += sums[other][lane];
+      count += counts[other][lane];
+    }
+    centre[int64_t(book) * width + column] = count > 0 ? sum / float(count) : 0.0f;
+  }
+}
+
+struct CodeForms {
+  Rows codebook;
+  const float* centre;  // null: m = 0
+  Metric metric;
+  int terms;  // products side by side: 1 or 3; 0: codes are searched as they are
+  int width;
+  __half* forms;   // `[books, tiles * kTileCodes, width]`; null for terms = 0
+  Tile* tiles;     // `[books, tiles]`
+  int* undecided;  // a counter to clear
+};
+
+// One entry of a code, less the centre, and divided by the norm under cosine.
+struct CodeEntry {
+  float centre;
+  double inverse;
+
+  __device__ float operator()(float entry) const {
+    return float((double(entry) - centre) * inverse);
+  }
+};
+
+// What is summed over the entries of a code, by one warp.
+struct CodeSums {
+  float largest = 0;
+  double squares = 0;
+  bool finite = true;
+};
+
+template <typename T>
+__device__ CodeSums sums_of_code(const CodeForms& call, int book, int code) {
+  CodeSums sums;
+  const T* at = row_of<T>(call.codebook, book, code);
+  const int dim = int(call.codebook.width);
+  for (int d = threadIdx.x % kWarp; d < dim; d += kWarp) {
+    const float entry = element(at[d * call.codebook.col_stride]);
+    const float m = call.centre == nullptr ? 0.0f : call.centre[int64_t(book) * dim + d];
+    const double centred = double(entry) - m;
+    sums.finite = sums.finite && is_finite(entry);
+    sums.largest = fmaxf(sums.largest, fabsf(float(centred)));
+    sums.squares += centred * centred;
+  }
+  sums.finite = __all_sync(kWholeWarp, sums.finite && is_finite(sums.largest));
+  sums.largest = warp_max(sums.largest);
+  sums.squares = warp_sum(sums.squares);
+  return sums;
+}
+
+// Writes a code's form, by one warp; returns its terms (bias and scale are the caller's).
+template <typename T>
+__device__ CodeTerms write_form(const CodeForms& call, int book, int code, double inverse,
+                                float scale, bool wins, __half* form) {
+  const T* at = row_of<T>(call.codebook, book, code);
+  const int dim = int(call.codebook.width);
+  const float down = 1.0f / scale;
+  float norm = 0, error = 0, low_norm = 0;
+  for (int d = threadIdx.x % kWarp; d < call.width; d += kWarp) {
+    if (d >= dim) {
+      if (d >= call.terms * dim) form[d] = __float2half_rn(0.0f);
+      continue;
+    }
+    float value = 0;
+    if (wins) {
+      const float m = call.centre == nullptr ? 0.0f : call.centre[int64_t(book) * dim + d];
+      value = CodeEntry{m, inverse}(element(at[d * call.codebook.col_stride])) * down;
+    }
+    const __half high = __float2half_rn(value);
+    float rest = value - __half2float(high);
+    form[d] = high;
+    if (call.terms == 3) {
+      const __half low = __float2half_rn(rest);
+      form[dim + d] = high;
+      form[2 * dim + d] = low;
+      low_norm += __half2float(low) * __half2float(low);
+      rest -= __half2float(low);
+    }
+    norm += value * value;
+    error += rest * rest;
+  }
+  norm = sqrtf(warp_sum(norm)) * kUp;
+  // value itself is c' 2^-f but for one rounding.
+  error = sqrtf(warp_sum(error)) * kUp + 0x1p-23f * norm + 0x1p-60f;
+  if (call.terms == 3) error += kLowPart * kUp * sqrtf(warp_sum(low_norm));
+  return {0, norm + error, error, 1};
+}
+
+// One block a tile of codes.
+template <typename T>
+__global__ void __launch_bounds__(kPrepareThreads) prepare_codes(CodeForms call) {
+  __shared__ float largest_of_warp[kPrepareWarps];
+  __shared__ TileTerms terms_of_warp[kPrepareWarps];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int tile = blockIdx.x, book = blockIdx.y, size = int(call.codebook.count);
+  Tile& out = call.tiles[int64_t(book) * gridDim.x + tile];
+  if (tile == 0 && book == 0 && threadIdx.x == 0) *call.undecided = 0;
+  const bool unit = call.metric == Metric::cosine;
+
+  float largest = 0;
+  if (call.terms > 0) {
+    for (int i = warp; i < kTileCodes && tile * kTileCodes + i < size; i += kPrepareWarps) {
+      const CodeSums sums = sums_of_code<T>(call, book, tile * kTileCodes + i);
+      if (!sums.finite) continue;
+      const double norm = unit && sums.squares > 0 ? sqrt(sums.squares) : 1.0;
+      largest = fmaxf(largest, float(sums.largest / norm));
+    }
+    if (lane == 0) largest_of_warp[warp] = largest;
+    __syncthreads();
+    for (int other = 0; other < kPrepareWarps; ++other) {
+      largest = fmaxf(largest, largest_of_warp[other]);
+    }
+  }
+  const float scale = call.terms > 0 && largest > 0 ? power_below(largest) : 1.0f;
+
+  TileTerms all{scale, 0, 0, 0};
+  for (int i = warp; i < kTileCodes; i += kPrepareWarps) {
+    const int code = tile * kTileCodes + i;
+    CodeSums sums;
+    sums.finite = false;
+    if (code < size) sums = sums_of_code<T>(call, book, code);
+    const double norm = sqrt(sums.squares);
+    const double inverse = unit && norm > 0 ? 1.0 / norm : 1.0;
+    CodeTerms terms{INFINITY, 0, 0, 0};
+    if (call.terms > 0) {
+      const int64_t row = (int64_t(book) * gridDim.x + tile) * kTileCodes + i;
+      const CodeTerms written = write_form<T>(call, book, code, inverse, scale, sums.finite,
+                                              call.forms + row * call.width);
+      if (sums.finite) terms = written;
+    } else if (sums.finite) {
+      terms.norm = (unit ? 1.0f : float(norm)) * kUp;
+      terms.scale = unit ? (norm > 0 ? float(inverse) : 0.0f) : 1.0f;
+      // Products with such a code, or their factor, may leave the range of fp32.
+      const bool ordinary = norm < kLargestNorm && (!unit || norm == 0 || norm > 0x1p-60);
+      terms.error = ordinary ? 0.0f : INFINITY;
+    }
+    if (sums.finite) {
+      const double half_square = sums.squares / 2 / (double(scale) * scale);
+      terms.bias = call.metric == Metric::l2 ? float(fmin(half_square, 3.0e38)) : 0.0f;
+      all.bias = fmaxf(all.bias, terms.bias);
+      all.norm = fmaxf(all.norm, terms.norm);
+      all.error = fmaxf(all.error, terms.error);
+    }
+    if (lane == 0) out.codes[i] = terms;
+  }
+  if (lane == 0) terms_of_warp[warp] = all;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int other = 1; other < kPrepareWarps; ++other) {
+      all.bias = fmaxf(all.bias, terms_of_warp[other].bias);
+      all.norm = fmaxf(all.norm, terms_of_warp[other].norm);
+      all.error = fmaxf(all.error, terms_of_warp[other].error);
+    }
+    out.all = all;
+  }
+}
+
+struct RowForms {
+  Rows x;
+  const float* centre;
+  int terms;
+  int width;
+  __half* forms;  // `[books, rows, width]`; null for terms = 0
+  RowTerms* terms_of_row;
+};
+
+// One warp a row.
+template <typename T>
+__global__ void __launch_bounds__(kPrepareThreads) prepare_rows(RowForms call) {
+  const int lane = threadIdx.x % kWarp, book = blockIdx.y;
+  const int64_t row = int64_t(blockIdx.x) * kPrepareWarps + threadIdx.x / kWarp;
+  if (row >= call.x.count) return;
+  const T* at = row_of<T>(call.x, book, int(row));
+  const float* centre = call.centre == nullptr ? nullptr : call.centre + book * call.x.width;
+  const int dim = int(call.x.width);
+  const int64_t place_of_row = int64_t(book) * call.x.count + row;
+
+  bool finite = true;
+  float largest = 0, norm = 0;
+  for (int d = lane; d < dim; d += kWarp) {
+    const float entry = element(at[d * call.x.col_stride]);
+    const float value = centre == nullptr ? entry : entry - centre[d];
+    finite = finite && is_finite(entry);
+    largest = fmaxf(largest, fabsf(value));
+    norm += value * value;
+  }
+  finite = __all_sync(kWholeWarp, finite);
+  largest = warp_max(largest);
+  const float of_sum = kPerStep * float((call.width + kStep - 1) / kStep) + kScoreRounding;
+
+  if (call.terms == 0) {
+    norm = sqrtf(warp_sum(norm)) * kUp;
+    if (lane == 0) {
+      // The sum of squares has left the range: nothing is known of the norm.
+      const bool known = norm < kLargestNorm && (norm > 0x1p-60f || largest == 0);
+      call.terms_of_row[place_of_row] = {finite ? 1.0f : NAN, known ? of_sum * norm : INFINITY,
+                                         fmaxf(norm, 0x1p-100f), 0};
+    }
+    return;
+  }
+
+  const bool known = finite && is_finite(largest);
+  const float scale = largest > 0 ? power_below(largest) : 1.0f, down = 1.0f / scale;
+  __half* form = call.forms + place_of_row * call.width;
+  float error = 0;
+  norm = 0;
+  for (int d = lane; d < call.width; d += kWarp) {
+    if (d >= dim) {
+      if (d >= call.terms * dim) form[d] = __float2half_rn(0.0f);
+      continue;
+    }
+    float value = 0;
+    if (known) {
+      const float entry = element(at[d * call.x.col_stride]);
+      value = (centre == nullptr ? entry : entry - centre[d]) * down;
+    }
+    const __half high = __float2half_rn(value);
+    float rest = value - __half2float(high);
+    form[d] = high;
+    if (call.terms == 3) {
+      const __half low = __float2half_rn(rest);
+      form[dim + d] = low;
+      form[2 * dim + d] = high;
+      rest -= __half2float(low);
+    }
+    norm += value * value;
+    error += rest * rest;
+  }
+  norm = fmaxf(sqrtf(warp_sum(norm)) * kUp, 0x1p-60f);
+  error = sqrtf(warp_sum(error)) * kUp + (0x1p-23f + of_sum) * norm + 0x1p-60f;
+  if (lane == 0) {
+    call.terms_of_row[place_of_row] = {finite ? down : NAN, known ? error : INFINITY, norm, 0};
+  }
+}
+
+}  // namespace vqkernels::cuda

@@ -1,0 +1,88 @@
+// What the search knows of rows and codes besides their half-precision form, and how sure it is.
+//
+// A search maximizes, for a row x and the codes c of its book,
+//
+//   l2      x'.c' - |c'|^2 / 2    with x' = x - m, c' = c - m for any m (the mean of some codes)
+//   dot     x.c
+//   cosine  x.c / |c|
+//
+// which differs from the metric by what is the same for every code. It sees half-precision forms
+// x^ of 2^-e x' and c^ of 2^-f c', where 2^e and 2^f bring the largest entry of the row, and of the
+// tile of codes, into [1, 2): no form overflows, and what underflows is counted as error. With
+//
+//   |x' 2^-e - x^| <= dx,   |c' 2^-f - c^| <= E,   |x' 2^-e| <= X,   |c^| <= C,
+//
+// Cauchy and Schwarz give |x'.c' 2^-(e+f) - x^.c^| <= dx C + X E. The tensor core adds its products
+// in blocks of 8, aligned to the largest and cut off at 24 bits (Fasi, Higham, Mikaitis, Pranesh,
+// "Numerical behavior of NVIDIA tensor cores", 2021): 9 terms and one result, each off by at most
+// 2^-23 of X C, twice in each step of 16. So a score in units of 2^(e+f),
+//
+//   s = x^.c^ - B 2^(f-e),   B = |c'|^2 / 2 2^(-2f),
+//
+// is off by at most  (dx + (kPerStep * steps + kScoreRounding) X) C + X E + kBiasError * B 2^(f-e)
+// + kTiny. The measured norms are rounded up by kUp. Forms of three terms (few dimensions) follow
+// in prepare.h. Half-precision inputs that are searched as they are have e = f = m = 0, dx = E = 0.
+#pragma once
+
+#include "rows.h"
+
+namespace vqkernels::cuda {
+
+constexpr int kTileCodes = 128;  // codes of a tile
+constexpr int kStep = 16;        // columns of one tensor-core step
+
+constexpr float kPerStep = 20.5f / 8388608.0f;  // 20 of 2^-23, and its own rounding
+constexpr float kScoreRounding = 0x1p-22f;      // a factor, the bias, the bound itself: 2^-24 each
+constexpr float kBiasError = 0x1p-21f;
+constexpr float kUp = 1.0f + 0x1p-10f;
+constexpr float kTiny = 0x1p-118f;       // products below the range of fp32
+constexpr float kLargestNorm = 0x1p60f;  // beyond it a sum of products may overflow
+
+struct alignas(16) RowTerms {
+  float scale;  // 2^-e; NaN for a row that is not finite
+  float error;  // dx + kPerStep * steps * X; +inf: not to be decided by the search
+  float norm;   // X, at least 2^-100
+  float unused;
+};
+
+// A code that is not finite, and the padding of the last tile, have bias = +inf.
+struct alignas(16) CodeTerms {
+  float bias;   // B
+  float norm;   // C
+  float error;  // E; +inf: not to be decided by the search
+  float scale;  // a factor of the product: 1 / |c| where codes are searched as they are
+};
+
+// One of 2^f and the largest bias, norm and error of a tile, over its finite codes.
+struct alignas(16) TileTerms {
+  float scale;
+  float bias;
+  float norm;
+  float error;
+};
+
+// The terms of a tile lie together, for one sequence of copies.
+struct Tile {
+  CodeTerms codes[kTileCodes];
+  TileTerms all;
+};
+
+// What one search of a part of the codes leaves of a row: a lower bound on its best score, upper
+// bounds of the candidates that may be the best, and the largest upper bound of what is not listed.
+constexpr int kCandidates = 4;
+struct alignas(16) Record {
+  float lower;
+  float open;
+  int32_t count;
+  int32_t unused;
+  int32_t index[kCandidates];
+  float upper[kCandidates];
+};
+
+// 2^f of the power of two at or below `largest`, within what has an inverse in fp32.
+__device__ __forceinline__ float power_below(float largest) {
+  const unsigned exponent = (__float_as_uint(largest) >> 23) & 0xff;
+  return __uint_as_float(min(max(exponent, 1u), 252u) << 23);
+}
+
+}  // namespace vqkernels::cuda
