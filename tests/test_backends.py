@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from _helpers.data import make
 from _helpers.processes import PACKAGE, built_capabilities, output_of, run_python
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vqkernels
-from vqkernels import backends, explain, native, nearest_code, quantize, use_backend
+from vqkernels import backends, explain, native, nearest_code, quantize, selection, use_backend
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_native = pytest.mark.skipif(native.problem is not None, reason=str(native.problem))
@@ -127,6 +131,176 @@ def test_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert len(messages) == 1
     assert messages[0].startswith("nearest_code runs on reference")
     assert "float64" in messages[0] or native.problem is not None
+
+
+# ---- choosing on a GPU, without one --------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Tensors that say they are on a GPU, and how to say which one, and what can serve it."""
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", True)
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(native, "cuda_problem", None)
+
+    def is_a(capability: int, targets: str = "80+PTX 90a 100 120") -> None:
+        monkeypatch.setattr(native, "cuda_targets", targets)
+        monkeypatch.setattr(backends, "_capabilities", {0: capability, None: capability})
+
+    with FakeTensorMode():
+        yield is_a
+
+
+def on_gpu(rows: int, codes: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x = torch.empty(rows, dim, dtype=dtype, device="cuda")
+    return x, torch.empty(codes, dim, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows", "dim", "dtype", "expected"),
+    [
+        (90, 65536, 64, torch.float16, "triton"),
+        (100, 65536, 256, torch.bfloat16, "triton"),
+        (90, 65536, 32, torch.float16, "cuda"),
+        (90, 65536, 256, torch.float32, "cuda"),
+        (80, 65536, 256, torch.float16, "cuda"),
+        (120, 65536, 256, torch.float16, "cuda"),
+        (90, 65536, 8, torch.float16, "cuda"),
+        (90, 1024, 256, torch.float16, "cuda"),
+        (90, 1025, 256, torch.float16, "triton"),
+    ],
+)
+def test_the_table_chooses_on_a_gpu(
+    gpu: Callable[..., None],
+    capability: int,
+    rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    expected: str,
+) -> None:
+    gpu(capability)
+    tensors = on_gpu(rows, 512, dim, dtype)
+    for op in selection.OPS:
+        assert backends.select(op, *tensors) == expected
+        found = explain(op, *tensors)
+        assert found.backend == expected
+        row = selection.preferred(selection.GpuCall(capability, dim, rows <= 1024), (dtype, dtype))
+        assert row.reason in found.reasons[expected]
+        assert ("an estimate" in found.reasons[expected]) != row.measured
+        for name in ("triton", "cuda"):
+            with use_backend(name):
+                assert backends.select(op, *tensors) == name
+
+
+def test_a_half_with_a_float32_book_is_no_half(gpu: Callable[..., None]) -> None:
+    gpu(90)
+    x, codebook = on_gpu(65536, 512, 64, torch.float16)
+    assert backends.select("nearest_code", x, codebook) == "triton"
+    assert backends.select("nearest_code", x, codebook.float()) == "cuda"
+
+
+def test_without_the_cuda_object_triton_serves_the_gpu(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(90)
+    monkeypatch.setattr(native, "cuda_problem", "no CUDA kernels were built (planted)")
+    tensors = on_gpu(65536, 512, 64, torch.float32)
+    found = explain("nearest_code", *tensors)
+    assert found.backend == backends.select("nearest_code", *tensors) == "triton"
+    assert found.passed_over == ("cuda",)
+    assert found.reasons["cuda"].startswith("no CUDA kernels were built (planted)")
+    with use_backend("cuda"), pytest.raises(ValueError, match="planted"):
+        backends.select("nearest_code", *tensors)
+
+
+def test_an_old_gpu_runs_on_the_reference(
+    gpu: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu(75)
+    tensors = on_gpu(65536, 512, 64, torch.float16)
+    for op in ("nearest_code", "quantize", "code_statistics"):
+        with caplog.at_level("WARNING", logger="vqkernels"):
+            assert backends.select(op, *tensors) == "reference"
+        assert "triton: its kernels need compute capability 8.0 or newer, got 7.5" in caplog.text
+        with use_backend("triton"), pytest.raises(ValueError, match=r"8\.0 or newer, got 7\.5"):
+            backends.select(op, *tensors)
+
+
+def test_an_object_for_other_gpus_does_not_serve_this_one(gpu: Callable[..., None]) -> None:
+    gpu(80, targets="90a")
+    tensors = on_gpu(65536, 512, 64, torch.float16)
+    assert backends.select("nearest_code", *tensors) == "triton"
+    with use_backend("cuda"), pytest.raises(ValueError, match=r"built for 90a.*8\.0"):
+        backends.select("nearest_code", *tensors)
+
+
+def test_the_choice_is_a_constant_of_a_compiled_function(gpu: Callable[..., None]) -> None:
+    gpu(90)
+    chosen: list[str] = []
+
+    def spy(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        chosen.extend(str(n.args[-1]) for n in graph.graph.nodes if "nearest_code" in str(n.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(nearest_code, fullgraph=True, backend=spy)
+    with contextlib.suppress(NotImplementedError, RuntimeError):  # a kernel on no real tensor
+        compiled(*on_gpu(65536, 512, 64, torch.float16))
+    torch._dynamo.reset()
+    assert chosen == ["triton"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "served", "refused"),
+    [
+        ("80+PTX 90a 100 120", (80, 86, 89, 90, 100, 103, 110, 120, 121), (75,)),
+        ("90a", (90,), (80, 89, 91, 100)),
+        ("80 100", (80, 86, 89, 100, 103), (75, 90, 120)),
+        ("86", (86, 89), (80, 90)),
+        ("86+PTX", (86, 89, 90, 120), (80,)),
+        ("", (), (80, 90)),
+    ],
+)
+def test_which_gpus_an_object_serves(
+    monkeypatch: pytest.MonkeyPatch, targets: str, served: tuple[int, ...], refused: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(native, "cuda_targets", targets)
+    assert [c for c in (*served, *refused) if native.cuda_serves(c)] == list(served)
+
+
+def test_every_call_has_a_row_and_every_row_a_call() -> None:
+    found = {
+        selection.preferred(selection.GpuCall(capability, dim, few_rows), dtypes)
+        for capability in (80, 86, 89, 90, 100, 103, 110, 120, 121)
+        for dim in (0, 1, 16, 17, 63, 64, 4096)
+        for few_rows in (False, True)
+        for dtypes in ((torch.float16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2)
+    }
+    assert found == set(selection.TABLE)
+    for row in selection.TABLE:
+        assert row.reason
+        assert sorted(row.order) == ["cuda", "reference", "triton"]
+
+
+def test_a_cuda_object_needs_a_torch_with_cuda(tmp_path: Path) -> None:
+    """Where torch has no CUDA, an object that lies there must not be opened."""
+    package = tmp_path / PACKAGE.name
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    path = package / "lib" / native.CUDA_OBJECT.name
+    path.unlink(missing_ok=True)
+    path.write_bytes(b"not an object")
+    code = (
+        "import torch; torch.version.cuda = {}; import vqkernels.native as n; print(n.cuda_problem)"
+    )
+    done = run_python("-W", "error", "-c", code.format(None), package=package)
+    assert done.stdout.strip() == "this torch was built without CUDA", done.stderr
+    done = run_python("-c", code.format("'13.0'"), package=package)
+    assert done.stdout.startswith(f"{path.name} could not be loaded"), done.stderr
+    assert "GPU tensors run on Triton" in done.stderr
+    path.unlink()
+    (package / "lib/build.json").write_text('{"cuda_problem": "nvcc is on holiday"}')
+    done = run_python("-c", code.format("'13.0'"), package=package)
+    assert done.stdout.strip() == "no CUDA kernels were built (nvcc is on holiday)", done.stderr
 
 
 # ---- the environment -----------------------------------------------------------------------

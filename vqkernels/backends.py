@@ -12,39 +12,42 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vqkernels import native
+from vqkernels import native, selection
+from vqkernels.selection import GpuCall
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 
 # The kernels each op has beside its reference. Ops that are not here run on their reference.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "nearest_code": ("cpu", "triton"),
+    "nearest_code": ("cpu", "triton", "cuda"),
     "pack_codebook": ("cpu",),
     "gather_codes": ("cpu", "triton"),
     "code_statistics": ("cpu", "triton"),
-    "quantize": ("cpu", "triton"),
+    "quantize": ("cpu", "triton", "cuda"),
     "ema_update": ("cpu",),
     "timestep_embedding": ("cpu",),
 }
 
-# Candidates in order of preference, best first. GPU: an estimate until measured on a GPU.
+# Candidates in order of preference, best first, where `selection.TABLE` has no row.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "cuda", "reference"),
 }
+_OLDEST_CAPABILITY = 80
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _log = logging.getLogger("vqkernels")
-_chosen: dict[tuple[str, str, str, tuple[torch.dtype, ...]], str] = {}
+_chosen: dict[tuple[str, str, str, tuple[torch.dtype, ...], GpuCall | None], str] = {}
+_capabilities: dict[int | None, int] = {}
 
 
 def _checked(name: str, source: str) -> str:
@@ -82,16 +85,38 @@ def select(op: str, *tensors: Tensor | None) -> str:
         if tensor is not None:
             device = tensor.device.type
             dtypes += (tensor.dtype,)
+    gpu = _gpu_call(op, tensors) if device == "cuda" else None
     if torch.compiler.is_compiling():
-        return _choose(_setting, op, device, dtypes)
+        return _choose(_setting, op, device, dtypes, gpu)
     if forward_ad._current_level >= 0:
         _refuse_tangents(op, tensors)
-    key = (_setting, op, device, dtypes)
+    key = (_setting, op, device, dtypes, gpu)
     chosen = _chosen.get(key)
     if chosen is None:
         chosen = _chosen[key] = _choose(*key)
         _log_choice(chosen, *key)
     return chosen
+
+
+def _gpu_call(op: str, tensors: Sequence[Tensor | None]) -> GpuCall | None:
+    """The GPU of the first tensor and, where `selection` asks for it, the shape of x."""
+    for tensor in tensors:
+        if tensor is not None:
+            capability = _capability(tensor.device.index)
+            if op not in selection.OPS or tensor.dim() == 0:
+                return GpuCall(capability)
+            dim = tensor.shape[-1]
+            return GpuCall(capability, dim, tensor.numel() <= selection.FEW_ROWS * dim)
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int | None) -> int:
+    known = _capabilities.get(index)
+    if known is None:
+        major, minor = torch.cuda.get_device_capability(index)
+        known = _capabilities[index] = 10 * major + minor
+    return known
 
 
 def _refuse_tangents(op: str, tensors: tuple[Tensor | None, ...]) -> None:
@@ -100,7 +125,13 @@ def _refuse_tangents(op: str, tensors: tuple[Tensor | None, ...]) -> None:
             raise NotImplementedError(f"vqkernels.{op}: forward-mode derivatives are not supported")
 
 
-def why_not(backend: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str | None:
+def why_not(
+    backend: str,
+    op: str,
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    gpu: GpuCall | None = None,
+) -> str | None:
     """The first constraint that keeps `backend` from serving the call, or None."""
     if backend == "reference":
         return None
@@ -110,46 +141,88 @@ def why_not(backend: str, op: str, device: str, dtypes: tuple[torch.dtype, ...])
         return native.problem
     if backend == "triton" and not _TRITON_INSTALLED:
         return "triton is not installed"
+    if backend == "cuda" and native.cuda_problem is not None:
+        return native.cuda_problem
     wanted = "cpu" if backend == "cpu" else "cuda"
     if device != wanted:
         return f"its kernels need tensors on {wanted}, got {device}"
+    if gpu is not None and gpu.capability < _OLDEST_CAPABILITY:
+        return f"its kernels need compute capability 8.0 or newer, got {gpu.capability / 10}"
+    if gpu is not None and backend == "cuda" and not native.cuda_serves(gpu.capability):
+        return (
+            f"its object was built for {native.cuda_targets}, which the GPU's compute capability "
+            f"{gpu.capability / 10} does not run"
+        )
     for dtype in dtypes:
         if dtype not in _KERNEL_DTYPES:
             return f"its kernels take float32, float16 and bfloat16, got {dtype}"
     return None
 
 
-def _choose(setting: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+def _candidates(
+    op: str, device: str, dtypes: tuple[torch.dtype, ...], gpu: GpuCall | None
+) -> tuple[str, ...]:
+    """What the automatic choice would take, best first."""
+    row = _row(op, dtypes, gpu)
+    return PREFERENCE.get(device, ("reference",)) if row is None else row.order
+
+
+def _row(op: str, dtypes: tuple[torch.dtype, ...], gpu: GpuCall | None) -> selection.Row | None:
+    if gpu is None or op not in selection.OPS or gpu.capability < _OLDEST_CAPABILITY:
+        return None
+    return selection.preferred(gpu, dtypes)
+
+
+def _choose(
+    setting: str,
+    op: str,
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    gpu: GpuCall | None = None,
+) -> str:
     if setting != "auto":
-        problem = why_not(setting, op, device, dtypes)
+        problem = why_not(setting, op, device, dtypes, gpu)
         if problem is not None:
             raise ValueError(f"backend {setting!r} cannot serve {op}: {problem}")
         return setting
-    for backend in PREFERENCE.get(device, ("reference",)):
-        if why_not(backend, op, device, dtypes) is None:
+    for backend in _candidates(op, device, dtypes, gpu):
+        if why_not(backend, op, device, dtypes, gpu) is None:
             return backend
     return "reference"
 
 
 def _log_choice(
-    chosen: str, setting: str, op: str, device: str, dtypes: tuple[torch.dtype, ...]
+    chosen: str,
+    setting: str,
+    op: str,
+    device: str,
+    dtypes: tuple[torch.dtype, ...],
+    gpu: GpuCall | None,
 ) -> None:
     if setting == "auto":
-        for backend in PREFERENCE.get(device, ()):
+        for backend in _candidates(op, device, dtypes, gpu):
             if backend == chosen:
                 return
             if backend in KERNELS.get(op, ()):
-                problem = why_not(backend, op, device, dtypes)
+                problem = why_not(backend, op, device, dtypes, gpu)
                 _log.warning("%s runs on %s; %s: %s", op, chosen, backend, problem)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend serves a call, and why each other one does not."""
+    """Which backend serves a call, and why each other one does not.
+
+    Attributes:
+        op: the op's name.
+        backend: what serves the call; None if a backend asked for by name cannot.
+        reasons: of each backend why it serves the call, or does not.
+        passed_over: the backends that the automatic choice would rather have taken.
+    """
 
     op: str
     backend: str | None
     reasons: dict[str, str]
+    passed_over: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'no backend can serve this call'}"]
@@ -175,15 +248,24 @@ def explain(op: str, *args: object, **kwargs: object) -> Explanation:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     device = tensors[-1].device.type if tensors else "cpu"
     dtypes = tuple(tensor.dtype for tensor in tensors)
+    gpu = _gpu_call(op, tensors) if device == "cuda" else None
+    call = (op, device, dtypes, gpu)
     try:
-        chosen = _choose(_setting, op, device, dtypes)
+        chosen = _choose(_setting, *call)
     except ValueError:
         chosen = None
-    reasons = {}
-    for backend in BACKENDS[1:]:
-        if backend == chosen:
-            asked = "automatic choice" if _setting == "auto" else f"asked for by name ({_setting})"
-            reasons[backend] = f"serves the call: {asked}"
-        else:
-            reasons[backend] = why_not(backend, op, device, dtypes) or "could serve the call"
-    return Explanation(op, chosen, reasons)
+    reasons = {
+        backend: why_not(backend, *call) or "could serve the call" for backend in BACKENDS[1:]
+    }
+    passed_over: tuple[str, ...] = ()
+    if chosen is not None and _setting == "auto":
+        order = _candidates(*call)
+        passed_over = order[: order.index(chosen)] if chosen in order else ()
+        reasons[chosen] = "serves the call: automatic choice"
+        row = _row(op, dtypes, gpu)
+        if row is not None:
+            kind = "measured" if row.measured else "an estimate"
+            reasons[row.order[0]] += f"; preferred here: {row.reason} ({kind})"
+    elif chosen is not None:
+        reasons[chosen] = f"serves the call: asked for by name ({_setting})"
+    return Explanation(op, chosen, reasons, passed_over)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -16,12 +15,6 @@ import vqkernels
 from vqkernels import backends, native
 
 _TABLE_PREFIX = "libvqkernels_cpu_"
-# What a processor must have for a kernel table, in the words of `torch.cpu.get_capabilities`.
-_FEATURES = {
-    "avx2": {"avx2", "fma3"},
-    "avx512": {"avx2", "fma3", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"},
-}
-_FEATURES["avx512_vnni_bf16"] = _FEATURES["avx512"] | {"avx512_vnni", "avx512_bf16"}
 
 
 def report(*, verbose: bool = False) -> str:
@@ -33,6 +26,7 @@ def report(*, verbose: bool = False) -> str:
     lines = [
         *_section("versions", _versions()),
         *_section("native CPU kernels", _native_kernels()),
+        *_section("native CUDA kernels", _cuda_kernels()),
         *_section("GPU", _gpus()),
     ]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -99,8 +93,19 @@ def built_tables() -> list[str]:
 
 def runnable_tables() -> list[str]:
     """Those of `built_tables()` that this processor has."""
-    features = {name for name, present in torch.cpu.get_capabilities().items() if present is True}
-    return [name for name in built_tables() if _FEATURES.get(name, set()) <= features]
+    supported = native.capabilities()
+    return [name for name in built_tables() if supported.get(name, False)]
+
+
+def _cuda_kernels() -> Iterator[tuple[str, str]]:
+    in_use = native.cuda_problem is None
+    yield "CUDA status", "in use" if in_use else f"not in use: {native.cuda_problem}"
+    last_build = _last_build_problem("cuda_problem")
+    if last_build is not None and torch.version.cuda is not None:
+        yield "last CUDA build", last_build
+    yield "CUDA object", native.CUDA_OBJECT.name if native.CUDA_OBJECT.exists() else "missing"
+    if in_use:
+        yield "built for", native.cuda_targets
 
 
 def _gpus() -> Iterator[tuple[str, str]]:
@@ -117,7 +122,7 @@ def _gpus() -> Iterator[tuple[str, str]]:
 
 def _choices(device: str) -> Iterator[tuple[str, str]]:
     for op in _op_names():
-        yield op, _choice(op, torch.empty(0, device=device))
+        yield op, _choice(op, _example(device))
 
 
 def _choice(op: str, tensor: torch.Tensor) -> str:
@@ -127,11 +132,8 @@ def _choice(op: str, tensor: torch.Tensor) -> str:
             return backends.select(op, tensor)
         except ValueError as error:
             return f"raises: {error}"
-    device = tensor.device.type
     passed_over = [
-        f"{backend}: {explanation.reasons[backend]}"
-        for backend in _preferred_over(explanation.backend, device)
-        if backends.why_not(backend, op, device, (tensor.dtype,)) is not None
+        f"{backend}: {explanation.reasons[backend]}" for backend in explanation.passed_over
     ]
     why = "; ".join(passed_over) or explanation.reasons[explanation.backend]
     return f"{explanation.backend:<10} {why}"
@@ -139,16 +141,15 @@ def _choice(op: str, tensor: torch.Tensor) -> str:
 
 def _explanations(device: str) -> Iterator[tuple[str, str]]:
     for op in _op_names():
-        explanation = backends.explain(op, torch.empty(0, device=device))
+        explanation = backends.explain(op, _example(device))
         yield op, explanation.backend or "nothing"
         for backend, reason in explanation.reasons.items():
             yield "", f"{backend:<10} {reason}"
 
 
-def _preferred_over(chosen: str, device: str) -> list[str]:
-    """The backends that the automatic choice would rather have taken."""
-    order = backends.PREFERENCE.get(device, ("reference",))
-    return list(order[: order.index(chosen)] if chosen in order else ())
+def _example(device: str) -> torch.Tensor:
+    """Rows of a usual number and width: on a GPU the choice depends on both."""
+    return torch.empty(4096, 64, device=device)
 
 
 def _op_names() -> list[str]:
@@ -162,13 +163,11 @@ def _installed_version(distribution: str) -> str:
         return "not installed"
 
 
-def _last_build_problem() -> str | None:
-    path = native.DIRECTORY / "build.json"
+def _last_build_problem(which: str = "problem") -> str | None:
     try:
-        problem: str | None = json.loads(path.read_text()).get("problem")
+        return native.last_build().get(which)
     except (OSError, ValueError) as error:
-        return f"{path.name} cannot be read: {error}"
-    return problem
+        return f"build.json cannot be read: {error}"
 
 
 def _banner(problem: str) -> list[str]:

@@ -113,3 +113,17 @@ extern "C" __attribute__((visibility("default"))) const char* vqkernels_cpu_capa
   const auto& loaded = vqkernels::loaded();
   return loaded.table == nullptr ? nullptr : loaded.table->name;
 }
+
+// Every instruction set that kernels can be built for here, and whether the processor has it:
+// "avx512=0 avx2=1 portable=1".
+extern "C" __attribute__((visibility("default"))) const char* vqkernels_cpu_capabilities() {
+  static const std::string listed = [] {
+    std::string text;
+    for (const auto& capability : vqkernels::capabilities()) {
+      text += std::string(text.empty() ? "" : " ") + capability.name +
+              (capability.supported ? "=1" : "=0");
+    }
+    return text;
+  }();
+  return listed.c_str();
+}

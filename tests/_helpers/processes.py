@@ -41,18 +41,5 @@ def built_capabilities() -> list[str]:
 
 def runnable_capabilities() -> list[str]:
     """Those of them that this processor has."""
-    flags = _processor_flags()
-    needed = {
-        "avx2": {"avx2", "fma"},
-        "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
-        "avx512_vnni_bf16": {"avx512f", "avx512vl", "avx512_vnni", "avx512_bf16"},
-    }
-    return [name for name in built_capabilities() if needed.get(name, set()) <= flags]
-
-
-def _processor_flags() -> set[str]:
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith("flags"):
-            return set(line.split(":", 1)[1].split())
-    return set()
+    supported = native.capabilities()
+    return [name for name in built_capabilities() if supported.get(name, False)]

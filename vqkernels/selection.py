@@ -1,0 +1,100 @@
+"""Which GPU backend to prefer for a search, as data.
+
+`preferred` returns the first row of `TABLE` that fits the GPU, the dtypes and the shape. A row that
+was not measured is an estimate and says what it follows from. `use_backend` chooses any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+# By tensor-core instructions and shared memory: 8.0; 8.6, 8.9 and 12.x; 9.0; 10.x and 11.x.
+FAMILIES = ("ampere", "small", "hopper", "blackwell")
+OPS = ("nearest_code", "quantize")
+FEW_ROWS = 1024
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class GpuCall(NamedTuple):
+    """What of a call on a GPU matters: the compute capability as 10 * major + minor, D, and whether
+    x has at most `FEW_ROWS` rows."""
+
+    capability: int
+    dim: int = 0
+    few_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Attributes:
+        families: the GPU families it is for.
+        dtypes: "half" where x and the codebook are both half precision, "float32" for the rest,
+            "any" for both.
+        dims: the least and the most D, 0 for no limit.
+        few_rows: whether it is for calls of at most `FEW_ROWS` rows alone.
+        order: backends, best first.
+        reason: why this order.
+        measured: whether the reason is a measurement on such a GPU.
+    """
+
+    families: tuple[str, ...]
+    dtypes: str
+    dims: tuple[int, int]
+    few_rows: bool
+    order: tuple[str, ...]
+    reason: str
+    measured: bool = False
+
+
+_CUDA_FIRST = ("cuda", "triton", "reference")
+_TRITON_FIRST = ("triton", "cuda", "reference")
+
+# fmt: off
+TABLE = (
+    Row(FAMILIES, "any", (1, 0), True, _CUDA_FIRST,
+        "few rows take less time than Triton's launcher, in Python, takes to start its kernels"),
+    Row(FAMILIES, "any", (1, 16), False, _CUDA_FIRST,
+        "up to D = 16 three fp16 products fit into one or a few tensor-core steps; Triton "
+        "multiplies in fp32 lanes there"),
+    Row(("hopper", "blackwell"), "half", (64, 0), False, _TRITON_FIRST,
+        "Triton emits wgmma and tcgen05, which multiply faster than the mma.sync of the CUDA "
+        "kernels"),
+    Row(FAMILIES, "half", (17, 0), False, _CUDA_FIRST,
+        "both multiply by mma.sync, or D is too small for products to be the limit; the CUDA "
+        "kernels spend fewer instructions a score on the minimum"),
+    Row(FAMILIES, "float32", (17, 0), False, _CUDA_FIRST,
+        "one fp16 product a score and float64 for what its bound leaves open; Triton takes "
+        "several bf16 products a score"),
+)
+# fmt: on
+
+
+def family(capability: int) -> str:
+    if capability < 80:
+        raise ValueError(f"compute capability must be 8.0 or newer, got {capability / 10}")
+    if capability < 90:
+        return "ampere" if capability == 80 else "small"
+    if capability < 100:
+        return "hopper"
+    return "blackwell" if capability < 120 else "small"
+
+
+def preferred(call: GpuCall, dtypes: tuple[torch.dtype, ...]) -> Row:
+    """The first row that fits the call of one of `OPS`."""
+    kind = "half" if all(dtype in _HALVES for dtype in dtypes) else "float32"
+    for row in TABLE:
+        least, most = row.dims
+        if (
+            family(call.capability) in row.families
+            and row.dtypes in (kind, "any")
+            and least <= max(call.dim, 1)
+            and (most == 0 or call.dim <= most)
+            and (call.few_rows or not row.few_rows)
+        ):
+            return row
+    raise AssertionError("TABLE ends with rows for every family, dtype and shape")
