@@ -88,7 +88,7 @@ class VectorQuantizeCase:
     def providers(self) -> tuple[Provider, ...]:
         return (
             Provider(OURS, (Variant("", lambda step: bind_step(our_layer(step), step)),)),
-            Provider(PEER, (Variant("", lambda step: bind_step(_peer_layer(step), step)),)),
+            Provider(PEER, (Variant("", lambda step: bind_step(peer_layer(step), step)),)),
         )
 
     def keep(self, output: StepResult) -> StepResult:
@@ -128,7 +128,7 @@ def our_layer(step: Step) -> nn.Module:
     return with_book(VectorQuantize(**arguments(step)), step.codebook)
 
 
-def _peer_layer(step: Step) -> nn.Module:
+def peer_layer(step: Step) -> nn.Module:
     from vector_quantize_pytorch import VectorQuantize
 
     return with_book(VectorQuantize(**arguments(step)), step.codebook)

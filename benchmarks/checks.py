@@ -45,11 +45,14 @@ class Oracle:
             return products.mul_(-2.0).add_(self.codebook.square().sum(-1))
         return products.neg_()
 
-    def allowance(self, rows: Tensor) -> Tensor:
+    def scale(self, rows: Tensor) -> Tensor:
+        """S: no score is larger."""
         x_norm = self.x[rows].norm(dim=-1)
         largest = self.codebook.norm(dim=-1).max()
-        scale = (x_norm + largest).square() if self.metric == "l2" else x_norm * largest
-        allowance: Tensor = 4 * (self.x.shape[-1] + 8) * UNIT_ROUNDOFF * scale
+        return (x_norm + largest).square() if self.metric == "l2" else x_norm * largest
+
+    def allowance(self, rows: Tensor) -> Tensor:
+        allowance: Tensor = 4 * (self.x.shape[-1] + 8) * UNIT_ROUNDOFF * self.scale(rows)
         return allowance
 
 
@@ -57,16 +60,23 @@ def _rows_to_check(outputs: list[Tensor], seed: int) -> Tensor:
     """A random sample of rows, and rows on which the providers do not agree."""
     count = outputs[0].numel()
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.randperm(count, generator=generator)[:SAMPLED_ROWS]
-    disputed = torch.zeros(count, dtype=torch.bool)
+    sample = torch.randperm(count, generator=generator)[:SAMPLED_ROWS].to(outputs[0].device)
+    disputed = torch.zeros(count, dtype=torch.bool, device=outputs[0].device)
     for other in outputs[1:]:
         disputed |= other != outputs[0]
     rows = torch.cat([sample, disputed.nonzero().flatten()[:DISPUTED_ROWS]])
-    return torch.tensor(sorted(set(rows.tolist())))
+    return rows.unique()
 
 
 def check_indices(
-    x: Tensor, codebook: Tensor, metric: str, outputs: Mapping[str, Tensor], *, seed: int = 0
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    outputs: Mapping[str, Tensor],
+    *,
+    seed: int = 0,
+    every_row: bool = False,
+    rounding: Mapping[str, float] | None = None,
 ) -> dict[str, Check]:
     """Compares every provider's indices with a float64 search.
 
@@ -74,7 +84,10 @@ def check_indices(
     float64 score exceeds the minimum by more than `Oracle.allowance`.
 
     Args:
-        x: `[N, D]`; codebook: `[K, D]`; outputs: indices int64 `[N]` of each provider.
+        x: `[N, D]`; codebook: `[K, D]`; outputs: indices int64 `[N]` of each provider, on x's
+            device.
+        every_row: look at all rows, where the device is fast enough.
+        rounding: unit roundoff of the scores of a provider that rounds them to half precision.
     """
     checks: dict[str, Check] = {}
     well_formed: dict[str, Tensor] = {}
@@ -88,18 +101,24 @@ def check_indices(
         return checks | {name: Check(0, 0) for name in well_formed}
 
     oracle = Oracle.of(x, codebook, metric)
-    rows = _rows_to_check(list(well_formed.values()), seed)
+    if every_row:
+        rows = torch.arange(x.shape[0], device=x.device)
+    else:
+        rows = _rows_to_check(list(well_formed.values()), seed)
     mismatches = dict.fromkeys(well_formed, 0)
     outside = dict.fromkeys(well_formed, 0)
     for part in torch.split(rows, max(1, SCORES_AT_ONCE // codebook.shape[0])):
         scores = oracle.scores(part)
-        allowance = oracle.allowance(part)
+        allowance, scale = oracle.allowance(part), oracle.scale(part)
         least, best = scores.min(dim=-1)
         for name, indices in well_formed.items():
             chosen = indices[part]
             gap = scores.gather(-1, chosen[:, None])[:, 0] - least
             mismatches[name] += int((chosen != best).sum())
-            outside[name] += int((gap > allowance * (1 if name == OURS else 2)).sum())
+            allowed = allowance * (1 if name.startswith(OURS) else 2)
+            # A score of at most `scale` is rounded, and so may be its terms, for both codes.
+            allowed = allowed + 4 * (rounding or {}).get(name, 0.0) * scale
+            outside[name] += int((gap > allowed).sum())
     for name in well_formed:
         wrong = outside[name]
         refusal = f"{wrong} of {rows.numel()} rows outside the rounding bound" if wrong else ""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+Row = tuple[str, str, str, str, str, str, int]
+
 NAN = float("nan")
 BUSY_CORES = 0.3
 
@@ -50,9 +52,11 @@ class Record:
     cores_busy_elsewhere: float = NAN
 
     @property
-    def row(self) -> tuple[str, str, str, str, int]:
+    def row(self) -> Row:
         """What the providers of one table row share."""
-        return self.op, self.name, self.shape, self.mode, self.threads
+        return (
+            self.op, self.name, self.shape, self.mode, self.dtype, self.data, self.threads,
+        )  # fmt: skip
 
     @property
     def busy(self) -> bool:
@@ -92,9 +96,9 @@ def _cell(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def grouped(records: Iterable[Record]) -> dict[tuple[str, str, str, str, int], list[Record]]:
+def grouped(records: Iterable[Record]) -> dict[Row, list[Record]]:
     """Records by table row, in their order."""
-    rows: dict[tuple[str, str, str, str, int], list[Record]] = {}
+    rows: dict[Row, list[Record]] = {}
     for record in records:
         rows.setdefault(record.row, []).append(record)
     return rows

@@ -45,7 +45,7 @@ def _table(op: str, threads: int, records: Sequence[Record]) -> str:
         f"{op}, {_threads(threads)}: our time; share of the fp32 floor reached (a search screened "
         "in lower precision\nand re-checked can pass 100%); our time / each peer's (peer's ms)"
     )
-    return "\n".join([title, *_aligned([header, *rows])])
+    return "\n".join([title, *aligned([header, *rows])])
 
 
 def _cells(row: list[Record], peers: Sequence[str]) -> list[str]:
@@ -54,8 +54,8 @@ def _cells(row: list[Record], peers: Sequence[str]) -> list[str]:
     ours = by_provider.get(OURS)
     cells = [f"{any_record.name} {any_record.shape}", any_record.mode]
     if ours is not None and ours.timed:
-        spread = f"({_number(ours.ms_p20)}-{_number(ours.ms_p80)})"
-        cells += [f"{_number(ours.ms_p50)} {spread}", f"{ours.floor_share:.0%}"]
+        spread = f"({number(ours.ms_p20)}-{number(ours.ms_p80)})"
+        cells += [f"{number(ours.ms_p50)} {spread}", f"{ours.floor_share:.0%}"]
         cells += [f"{ours.peak_mib:.0f}"]
     else:
         cells += ["not timed", "", ""]
@@ -66,20 +66,20 @@ def _cells(row: list[Record], peers: Sequence[str]) -> list[str]:
             cells.append("-")
         else:
             shown = "-" if versus is None else f"{versus:.2g}x"
-            cells.append(f"{shown} ({_number(record.ms_p50)})")
+            cells.append(f"{shown} ({number(record.ms_p50)})")
     wrong = [f"{r.mismatches}" for r in row if r.provider == OURS or r.mismatches]
     cells.append("+".join(wrong) + f" of {max(r.checked for r in row)}")
     cells.append(f"{any_record.load_average:.1f}{' BUSY' if any_record.busy else ''}")
     return cells
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     if value < 0.1:
         return f"{value:.4f}"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [_padded(row, widths) for row in rows]
 

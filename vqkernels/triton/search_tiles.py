@@ -23,8 +23,8 @@ The lower index stands on the left in every comparison and wins a tie.
 fp32 is exact without TF32: x = x1 + x2 + x3 and c = c1 + c2 + c3 in bf16, and the six products
 that reach 2^-24 are summed in fp32, the small ones first. An estimate of the alternative, one
 product of half-precision terms as a screen: if its error leaves five codes a row to check, each D
-multiply-adds in fp32 and D 4 bytes out of L2, that is 0.34 GB at N = 65536, D = 256, 0.06 ms, beside
-a product of 0.56 ms at K = 16384 instead of 3.4 ms. But a minimum alone does not say which codes
+multiply-adds in fp32 and D 4 bytes out of L2, that is 0.34 GB at N = 65536, D = 256: 0.06 ms beside
+a product of 0.56 ms at K = 16384, instead of 3.4 ms. But a minimum alone does not say which codes
 lie within the error: the epilogue has to compare each score with the row's bound and set candidates
 aside, a branch and a list in shared memory that Triton cannot express without writing the scores
 out. The CUDA kernel is the place for that; here the six products stay.

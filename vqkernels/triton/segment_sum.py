@@ -203,10 +203,13 @@ def _whole_chunks(
         code = _code(book, book_strides, key, column, K, D, RESIDUAL, BLOCK_D)
         total = tl.zeros([BLOCK_D], tl.float32)
         weight = tl.zeros([ROWS], tl.float32)
-        total, weight = _add_rows(
-            total, weight, order, x, x_strides, weights, label_strides, sizes, key // K, code,
-            column, begin, begin + CHUNK, D, WEIGHTED, RESIDUAL, ROWS,
-        )  # fmt: skip
+        for at in range(begin, begin + CHUNK, ROWS):
+            rows, scale = _rows(
+                order, x, x_strides, weights, label_strides, sizes, key // K, code, column,
+                at, begin + CHUNK, D, WEIGHTED, RESIDUAL, ROWS,
+            )  # fmt: skip
+            total += tl.sum(rows, 0)
+            weight += scale
         tl.store(partial + chunk.to(tl.int64) * D + column.to(tl.int64), total, mask=column < D)
         if d_block == 0:
             tl.store(partial_weight + chunk, tl.sum(weight, 0))
@@ -254,10 +257,13 @@ def _totals(
     code = _code(book, book_strides, key, column, K, D, RESIDUAL, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
-    total, weight = _add_rows(
-        total, weight, order, x, x_strides, weights, label_strides, sizes, key // K, code,
-        column, begin, head_end, D, WEIGHTED, RESIDUAL, ROWS,
-    )  # fmt: skip
+    for at in range(begin, head_end, ROWS):
+        rows, scale = _rows(
+            order, x, x_strides, weights, label_strides, sizes, key // K, code, column,
+            at, head_end, D, WEIGHTED, RESIDUAL, ROWS,
+        )  # fmt: skip
+        total += tl.sum(rows, 0)
+        weight += scale
     for at in range(chunk_begin, chunk_end, ROWS):
         chunk = at + tl.arange(0, ROWS)
         inside = chunk < chunk_end
@@ -265,10 +271,13 @@ def _totals(
         part = tl.load(where, mask=inside[:, None] & (column < D)[None, :], other=0.0)
         total += tl.sum(part, 0)
         weight += tl.load(partial_weight + chunk, mask=inside, other=0.0)
-    total, weight = _add_rows(
-        total, weight, order, x, x_strides, weights, label_strides, sizes, key // K, code,
-        column, tail_begin, end, D, WEIGHTED, RESIDUAL, ROWS,
-    )  # fmt: skip
+    for at in range(tail_begin, end, ROWS):
+        rows, scale = _rows(
+            order, x, x_strides, weights, label_strides, sizes, key // K, code, column,
+            at, end, D, WEIGHTED, RESIDUAL, ROWS,
+        )  # fmt: skip
+        total += tl.sum(rows, 0)
+        weight += scale
 
     if RESIDUAL:
         elements = tl.maximum(total_rows - tl.load(starts), 1).to(tl.float32) * D
@@ -293,9 +302,7 @@ def _code(book, book_strides, key, column, K, D, RESIDUAL: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _add_rows(
-    total,
-    weight,
+def _rows(
     order,
     x,
     x_strides,
@@ -312,23 +319,20 @@ def _add_rows(
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """total [BLOCK_D] and weight [ROWS] plus the sorted rows begin to end - 1, all of book g."""
-    for at in range(begin, end, ROWS):
-        place = at + tl.arange(0, ROWS)
-        inside = place < end
-        r = tl.load(order + place, mask=inside, other=0) - g.to(tl.int64) * sizes[0]
-        r = tl.where(inside, r, 0).to(tl.int32)
-        rows_at = x + row_offsets(g, r, sizes, x_strides)[:, None]
-        rows_at += column.to(tl.int64)[None, :] * x_strides[4]
-        used = inside[:, None] & (column < D)[None, :]
-        rows = tl.load(rows_at, mask=used, other=0.0).to(tl.float32)
-        scale = tl.where(inside, 1.0, 0.0)
-        if RESIDUAL:
-            rows = tl.where(used, code[None, :] - rows, 0.0)
-        if WEIGHTED:
-            weights_at = weights + row_offsets(g, r, sizes, label_strides)
-            scale = tl.load(weights_at, mask=inside, other=0.0)
-            rows = rows * scale[:, None]
-        total += tl.sum(rows, 0)
-        weight += scale
-    return total, weight
+    """ROWS sorted rows of book g from `begin` on, zero from `end` on, and their weights."""
+    place = begin + tl.arange(0, ROWS)
+    inside = place < end
+    r = tl.load(order + place, mask=inside, other=0) - g.to(tl.int64) * sizes[0]
+    r = tl.where(inside, r, 0).to(tl.int32)
+    at = x + row_offsets(g, r, sizes, x_strides)[:, None]
+    at += column.to(tl.int64)[None, :] * x_strides[4]
+    used = inside[:, None] & (column < D)[None, :]
+    rows = tl.load(at, mask=used, other=0.0).to(tl.float32)
+    scale = tl.where(inside, 1.0, 0.0)
+    if RESIDUAL:
+        rows = tl.where(used, code[None, :] - rows, 0.0)
+    if WEIGHTED:
+        at = weights + row_offsets(g, r, sizes, label_strides)
+        scale = tl.load(at, mask=inside, other=0.0)
+        rows = rows * scale[:, None]
+    return rows, scale

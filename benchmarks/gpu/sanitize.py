@@ -1,0 +1,69 @@
+"""Few and small calls of every kernel of ours, to run under compute-sanitizer: shapes with tails in
+every direction, strides, a split of K, a row and a code that are not numbers.
+
+`python -m benchmarks.gpu.sanitize [--dry-run]`; results are compared with the reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+
+import vqkernels
+
+from .device import our_backends
+
+# (rows, dimensions, codes): tensor-core tiles whole and with tails, few dimensions, a large book.
+SHAPES = ((130, 64, 200), (33, 40, 65), (70, 256, 130), (100, 8, 300), (5, 3, 1000), (3, 32, 2100))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def problem(
+    shape: tuple[int, int, int], dtype: torch.dtype, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, dim, codes = shape
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(dim, rows, generator=generator).to(kind, dtype).T  # columns lie apart
+    codebook = torch.randn(codes, dim, generator=generator).to(kind, dtype)
+    x[1, 0], codebook[2, 0] = torch.nan, torch.inf
+    return x, codebook
+
+
+def run(backend: str, kind: str) -> None:
+    """Raises AssertionError where a result is not the reference's within rounding."""
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            x, codebook = problem(shape, dtype, kind)
+            for metric in ("l2", "cosine"):
+                with vqkernels.use_backend(backend):
+                    found = vqkernels.nearest_code(x, codebook, metric=metric)
+                with vqkernels.use_backend("reference"):
+                    expected = vqkernels.nearest_code(x, codebook, metric=metric)
+                differing = int((found != expected).sum())
+                assert found[1] == -1
+                assert differing <= 1, f"{backend} {shape} {dtype} {metric}: {differing} differ"
+            x, codebook = x.requires_grad_(), codebook.requires_grad_()
+            mask = torch.arange(x.shape[0], device=kind) % 3 > 0
+            with vqkernels.use_backend(backend):
+                out = vqkernels.quantize(x, codebook, mask=mask)
+                total = out.quantized[out.indices >= 0].float().sum()
+                (total + out.commitment_loss + out.codebook_loss).backward()
+            assert x.grad is not None
+            assert (x.grad[~mask] == 0).all()
+        print(f"{backend} {shape}: as the reference", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dry-run", action="store_true")
+    dry = parser.parse_args().dry_run
+    backends = our_backends(dry)
+    for backend in backends:
+        run(backend, "cpu" if dry else "cuda")
+    return 0 if backends else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
