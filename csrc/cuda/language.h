@@ -12,6 +12,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#else
+
+#include "../testing/cuda_emulation.h"
+
+#endif
+
 #include <stdexcept>
 #include <string>
 
@@ -21,6 +27,12 @@ inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
+
+}  // namespace vqkernels::cuda
+
+#ifdef __CUDACC__
+
+namespace vqkernels::cuda {
 
 template <typename... Parameters>
 struct Launch {
@@ -57,8 +69,6 @@ Launch<Parameters...> launch(void (*kernel)(Parameters...), const char* name, di
   type* const name = reinterpret_cast<type*>(vqkernels_shared_bytes)
 
 #else
-
-#include "../testing/cuda_emulation.h"
 
 #define VQKERNELS_LAUNCH(kernel, grid, block, shared_bytes, stream) \
   ::emulation::prepare(kernel, #kernel, grid, block, shared_bytes, stream)
