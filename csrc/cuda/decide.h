@@ -17,37 +17,46 @@ struct Decision {
   Metric metric;
   Labels labels;
   int64_t* indices;
-  int splits;
+  int32_t* weighed;  // optional: how many codes were compared in float64
+  int splits, split_codes;
   int* undecided;  // how many rows are in `list`
   int32_t* list;   // book * rows + row, in any order
 };
 
-// Beyond so many candidates of a row, all codes are.
 constexpr int kMostListed = 2 * kCandidates;
 
-// The candidates of one row over all splits, those below another's lower bound left out: how many,
-// or kMostListed + 1 where any code may be the best. The first kMostListed are given to `list`.
+// What all splits together leave of a row.
+struct Left {
+  float lower;  // what a code must reach
+  bool open;    // whether slots are to be searched, of the splits whose `open` reaches `lower`
+  int count;    // candidates that are listed
+};
+
+// The first kMostListed candidates are given to `list`; where there are more, all slots are open.
 template <typename List>
-__device__ __forceinline__ int candidates_of(const Decision& call, int64_t row, const List& list) {
+__device__ __forceinline__ Left left_of(const Decision& call, int64_t row, const List& list) {
   const int64_t all_rows = call.x.books * call.x.count;
-  float lower = -INFINITY, open = -INFINITY;
+  Left left{-INFINITY, false, 0};
+  float open = -INFINITY;
   for (int split = 0; split < call.splits; ++split) {
     const Record& record = call.records[split * all_rows + row];
-    lower = fmaxf(lower, record.lower);
+    left.lower = fmaxf(left.lower, record.lower);
     open = fmaxf(open, record.open);
   }
-  if (!is_finite(lower) || !(open < lower)) return kMostListed + 1;
-  int count = 0;
   for (int split = 0; split < call.splits; ++split) {
     const Record& record = call.records[split * all_rows + row];
 #pragma unroll
     for (int i = 0; i < kCandidates; ++i) {
-      if (i >= record.count || !(record.upper[i] >= lower)) continue;
-      if (count < kMostListed) list(count, record.index[i]);
-      count = min(count + 1, kMostListed + 1);
+      if (i >= record.count || !(record.upper[i] >= left.lower)) continue;
+      if (left.count < kMostListed) list(left.count, record.index[i]);
+      ++left.count;
     }
   }
-  return count > 0 ? count : kMostListed + 1;
+  // Bounds that are not numbers decide nothing.
+  const bool unknown = !is_finite(left.lower) || left.count > kMostListed || left.count == 0;
+  if (unknown) left = {-INFINITY, true, 0};
+  left.open = unknown || !(open < left.lower);
+  return left;
 }
 
 // One thread a row.
@@ -56,13 +65,15 @@ __global__ void __launch_bounds__(kDecideThreads) decide(Decision call) {
   if (row >= call.x.books * call.x.count) return;
   const int book = int(row / call.x.count), row_of_book = int(row % call.x.count);
   int64_t* index = call.indices + place(call.labels, call.x, book, row_of_book);
-  if (isnan(call.row_terms[row].scale)) {
+  if (call.weighed != nullptr) call.weighed[row] = 0;
+  if (!is_finite(call.row_terms[row].scale)) {
     *index = -1;
     return;
   }
-  int last = -1;
-  if (candidates_of(call, row, [&](int, int code) { last = code; }) == 1) {
-    *index = last;
+  int only = -1;
+  const Left left = left_of(call, row, [&](int, int code) { only = code; });
+  if (left.count == 1 && !left.open) {
+    *index = only;
   } else {
     call.list[atomicAdd(call.undecided, 1)] = int32_t(row);
   }
@@ -89,51 +100,72 @@ __device__ double badness(const Decision& call, const T* x, int book, int code) 
   return call.metric == Metric::cosine && squares > 0 ? sum / sqrt(squares) : sum;
 }
 
-// One block a row of the list at a time.
+// The best of several codes in float64, the first of equals.
+struct Best {
+  double badness;
+  int index;
+
+  __device__ void offer(double bad, int code) {
+    if (!(fabs(bad) < INFINITY)) return;
+    if (index < 0 || bad < badness || (bad == badness && code < index)) {
+      badness = bad;
+      index = code;
+    }
+  }
+};
+
+// One block a row of the list at a time, kLanes threads a code.
 template <typename T, typename C>
 __global__ void __launch_bounds__(kResolveThreads) resolve(Decision call) {
-  __shared__ int listed[kMostListed], count;
-  __shared__ double least_of_group[kGroups];
-  __shared__ int index_of_group[kGroups];
+  __shared__ int listed[kMostListed];
+  __shared__ Left left;
+  __shared__ double badness_of_group[kGroups];
+  __shared__ int index_of_group[kGroups], weighed_by_group[kGroups];
   const int group = threadIdx.x / kLanes, size = int(call.codebook.count);
+  const int64_t all_rows = call.x.books * call.x.count;
   const int rows = *call.undecided;
   for (int item = blockIdx.x; item < rows; item += gridDim.x) {
     const int64_t row = call.list[item];
     const int book = int(row / call.x.count), row_of_book = int(row % call.x.count);
     const T* x = row_of<T>(call.x, book, row_of_book);
     if (threadIdx.x == 0) {
-      count = candidates_of(call, row, [&](int i, int code) { listed[i] = code; });
+      left = left_of(call, row, [&](int i, int code) { listed[i] = code; });
     }
     __syncthreads();
-    const bool any = count > kMostListed;
 
-    double least = INFINITY;
-    int index = -1;
-    for (int i = group; i < (any ? size : count); i += kGroups) {
-      const int code = any ? i : listed[i];
-      const double bad = badness<T, C>(call, x, book, code);
-      if (!(fabs(bad) < INFINITY)) continue;
-      if (index < 0 || bad < least || (bad == least && code < index)) {
-        least = bad;
-        index = code;
+    Best best{INFINITY, -1};
+    int weighed = 0;
+    const auto weigh = [&](int code) {
+      best.offer(badness<T, C>(call, x, book, code), code);
+      ++weighed;
+    };
+    for (int i = group; i < left.count; i += kGroups) weigh(listed[i]);
+    for (int split = 0; left.open && split < call.splits; ++split) {
+      const Record& record = call.records[split * all_rows + row];
+      if (record.open < left.lower) continue;
+      const uint32_t slots = left.lower == -INFINITY ? (1u << kSlots) - 1 : record.open_slots;
+      const int first = split * call.split_codes, end = min(first + call.split_codes, size);
+      for (int i = group; first + i / kSlotCodes * kTileCodes < end; i += kGroups) {
+        for (int slot = 0; slot < kSlots; ++slot) {
+          const int of_tile = slot / 4 * 64 + i % kSlotCodes / 2 * 8 + slot % 4 * 2 + i % 2;
+          const int code = first + i / kSlotCodes * kTileCodes + of_tile;
+          if ((slots >> slot & 1) != 0 && code < end) weigh(code);
+        }
       }
     }
     if (threadIdx.x % kLanes == 0) {
-      least_of_group[group] = least;
-      index_of_group[group] = index;
+      badness_of_group[group] = best.badness;
+      index_of_group[group] = best.index;
+      weighed_by_group[group] = weighed;
     }
-    __syncthreads();  // and the list is free for the next row
-    if (threadIdx.x == 0) {
-      for (int other = 1; other < kGroups; ++other) {
-        const int code = index_of_group[other];
-        const double bad = least_of_group[other];
-        if (code >= 0 && (index < 0 || bad < least || (bad == least && code < index))) {
-          least = bad;
-          index = code;
-        }
-      }
-      call.indices[place(call.labels, call.x, book, row_of_book)] = index;
+    __syncthreads();  // and `listed` and `left` are free for the next row
+    if (threadIdx.x > 0) continue;
+    for (int other = 1; other < kGroups; ++other) {
+      best.offer(badness_of_group[other], index_of_group[other]);
+      weighed += weighed_by_group[other];
     }
+    call.indices[place(call.labels, call.x, book, row_of_book)] = best.index;
+    if (call.weighed != nullptr) call.weighed[row] = weighed;
   }
 }
 

@@ -157,16 +157,19 @@ void nearest_code(const NearestCode& problem, const Context& context) {
     launch_search<__nv_bfloat16, false>(search, plan, context);
   }
 
-  Decision decision{search.records,
-                    rows.terms_of_row,
-                    x,
-                    codebook,
-                    problem.metric,
-                    problem.labels,
-                    problem.indices,
-                    plan.splits,
-                    codes.undecided,
-                    context.array<int32_t>(all_rows)};
+  Decision decision{};
+  decision.records = search.records;
+  decision.row_terms = rows.terms_of_row;
+  decision.x = x;
+  decision.codebook = codebook;
+  decision.metric = problem.metric;
+  decision.labels = problem.labels;
+  decision.indices = problem.indices;
+  decision.weighed = problem.weighed;
+  decision.splits = plan.splits;
+  decision.split_codes = plan.tiles_per_split * kTileCodes;
+  decision.undecided = codes.undecided;
+  decision.list = context.array<int32_t>(all_rows);
   VQKERNELS_LAUNCH(decide, dim3(blocks_for(all_rows, kDecideThreads)), dim3(kDecideThreads), 0,
                    context.stream)
   (decision);

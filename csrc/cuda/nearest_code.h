@@ -13,6 +13,7 @@ struct NearestCode {
   Metric metric = Metric::l2;
   Labels labels;               // where `indices` has each row's place
   int64_t* indices = nullptr;  // -1 for a row without a code
+  int32_t* weighed = nullptr;  // optional, `[books, rows]`: how many codes float64 decided between
   int splits = 0;              // parts that K is searched in; 0: as many as fill the device
 };
 

@@ -20,12 +20,12 @@ constexpr int kPrepareWarps = kPrepareThreads / kWarp;
 constexpr int kMostSampled = 512;
 constexpr float kLowPart = 0x1p-10f;  // above 2^-10.9
 
-// The mean of at most kMostSampled codes, column by column, over finite entries: any vector would
-// do. A block has 32 columns, a warp every eighth sampled code.
+// A vector in the middle of a book: for each column the median over kPrepareWarps means, of at most
+// kMostSampled codes together. Any vector would do; this one is not drawn away by a few outliers. A
+// block has 32 columns, a warp every eighth sampled code.
 template <typename T>
 __global__ void __launch_bounds__(kPrepareThreads) book_centre(Rows codebook, float* centre) {
-  __shared__ float sums[kPrepareWarps][kWarp];
-  __shared__ int counts[kPrepareWarps][kWarp];
+  __shared__ float means[kPrepareWarps][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int book = blockIdx.y, column = blockIdx.x * kWarp + lane;
   const int size = int(codebook.count), width = int(codebook.width);
@@ -42,15 +42,16 @@ __global__ void __launch_bounds__(kPrepareThreads) book_centre(Rows codebook, fl
       }
     }
   }
-  sums[warp][lane] = sum;
-  counts[warp][lane] = count;
+  means[warp][lane] = count > 0 ? sum / float(count) : 0.0f;
   __syncthreads();
-  if (warp == 0 && column < width) {
-    for (int other = 1; other < kPrepareWarps; ++other) {
-      sum += sums[other][lane];
-      count += counts[other][lane];
+  if (warp > 0 || column >= width) return;
+  for (int i = 0; i < kPrepareWarps; ++i) {
+    int before = 0;  // means that stand before this one in order
+    for (int other = 0; other < kPrepareWarps; ++other) {
+      const float difference = means[other][lane] - means[i][lane];
+      before += difference < 0 || (difference == 0 && other < i);
     }
-    centre[int64_t(book) * width + column] = count > 0 ? sum / float(count) : 0.0f;
+    if (before == kPrepareWarps / 2) centre[int64_t(book) * width + column] = means[i][lane];
   }
 }
 

@@ -5,6 +5,7 @@
 // it belongs. Losses and sums of gradients are formed in float64 and in one order that the shapes
 // fix; counts are integers. So the bits are the same on every run and every device.
 #include <algorithm>
+#include <type_traits>
 
 #include "quantize.h"
 #include "rows.h"
@@ -44,6 +45,13 @@ __device__ __forceinline__ void write(T* row, int64_t stride, int column,
     for (int i = 0; i < kCount; ++i) piece.values[i] = rounded<T>(values[i]);
     *reinterpret_cast<Piece<T, kCount>*>(row + column) = piece;
   }
+}
+
+// Calls f with kPiece or 1 as a constant.
+template <typename F>
+void with_pieces(bool pieces, const F& f) {
+  if (pieces) return f(std::integral_constant<int, kPiece>());
+  f(std::integral_constant<int, 1>());
 }
 
 bool has_pieces(const Rows& rows) {
@@ -398,8 +406,12 @@ void quantize(const Quantize& problem, const Context& context) {
   with_types(x.dtype, codebook.dtype, [&](auto row, auto code) {
     using T = typename decltype(row)::type;
     using C = typename decltype(code)::type;
-    const auto kernel = pieces ? write_codes<T, C, kPiece> : write_codes<T, C, 1>;
-    if (blocks > 0) VQKERNELS_LAUNCH(kernel, grid, dim3(kThreads), 0, context.stream)(write);
+    if (blocks == 0) return;
+    with_pieces(pieces, [&](auto count) {
+      VQKERNELS_LAUNCH((write_codes<T, C, decltype(count)::value>), grid, dim3(kThreads), 0,
+                       context.stream)
+      (write);
+    });
   });
   const Close close{write.counts,         problem.counts, codes,   write.partial_loss,
                     write.partial_rows,   blocks,         x.width, problem.commitment_loss,
@@ -426,10 +438,12 @@ void quantize_backward_x(const QuantizeBackwardX& problem, const Context& contex
   with_types(x.dtype, problem.codebook.dtype, [&](auto row, auto code) {
     using T = typename decltype(row)::type;
     using C = typename decltype(code)::type;
-    const auto kernel = pieces ? grad_x<T, C, kPiece> : grad_x<T, C, 1>;
-    VQKERNELS_LAUNCH(kernel, dim3(blocks_for(x.count, kBlockRows), books), dim3(kThreads), 0,
-                     context.stream)
-    (call);
+    with_pieces(pieces, [&](auto count) {
+      VQKERNELS_LAUNCH((grad_x<T, C, decltype(count)::value>),
+                       dim3(blocks_for(x.count, kBlockRows), books), dim3(kThreads), 0,
+                       context.stream)
+      (call);
+    });
   });
 }
 

@@ -67,14 +67,20 @@ struct Tile {
   TileTerms all;
 };
 
+// A thread of the search sees kSlotCodes codes of each tile: slot s of a tile holds the codes
+// s / 4 * 64 + n * 8 + s % 4 * 2 + j  with n < 8 and j < 2.
+constexpr int kSlots = 8;
+constexpr int kSlotCodes = kTileCodes / kSlots;
+
 // What one search of a part of the codes leaves of a row: a lower bound on its best score, upper
-// bounds of the candidates that may be the best, and the largest upper bound of what is not listed.
+// bounds of candidates that may be the best, and the slots that may hold another one, with the
+// largest upper bound there.
 constexpr int kCandidates = 4;
 struct alignas(16) Record {
   float lower;
   float open;
   int32_t count;
-  int32_t unused;
+  uint32_t open_slots;
   int32_t index[kCandidates];
   float upper[kCandidates];
 };

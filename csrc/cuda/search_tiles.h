@@ -223,29 +223,30 @@ __device__ __forceinline__ void fold_tile(float (&scores)[4][8][4], float (&lowe
 template <int kWarpsM>
 __device__ __forceinline__ Record record_of(const CandidateState& state, int row) {
   const int warp_m = row / 64, slot = row % 64 / 8, group = row % 8;
+  const auto thread_of = [&](int i) {
+    return (warp_m * kWarpsN + i / 4) * kWarp + group * 4 + i % 4;
+  };
   Record record{-INFINITY, -INFINITY, 0, 0, {}, {}};
-  int threads[4 * kWarpsN];
 #pragma unroll
-  for (int i = 0; i < 4 * kWarpsN; ++i) {
-    threads[i] = (warp_m * kWarpsN + i / 4) * kWarp + group * 4 + i % 4;
-    record.lower = fmaxf(record.lower, state.lower(slot, threads[i]));
+  for (int i = 0; i < kSlots; ++i) {
+    record.lower = fmaxf(record.lower, state.lower(slot, thread_of(i)));
   }
 #pragma unroll
-  for (int i = 0; i < 4 * kWarpsN; ++i) {
-    record.open = fmaxf(record.open, state.open(slot, threads[i]));
-    const float upper = state.upper(slot, threads[i]);
-    if (!(upper >= record.lower) || upper == -INFINITY) continue;
-    if (record.count == kCandidates) {
-      record.open = fmaxf(record.open, upper);
-      continue;
-    }
+  for (int i = 0; i < kSlots; ++i) {
+    const float upper = state.upper(slot, thread_of(i));
+    float open = state.open(slot, thread_of(i));
+    if (upper >= record.lower && upper > -INFINITY) {
+      if (record.count == kCandidates) open = upper;
 #pragma unroll
-    for (int at = 0; at < kCandidates; ++at) {
-      if (at != record.count) continue;
-      record.upper[at] = upper;
-      record.index[at] = state.index(slot, threads[i]);
+      for (int at = 0; at < kCandidates; ++at) {
+        if (at != record.count) continue;
+        record.upper[at] = upper;
+        record.index[at] = state.index(slot, thread_of(i));
+      }
+      record.count = min(record.count + 1, kCandidates);
     }
-    ++record.count;
+    if (open >= record.lower) record.open_slots |= 1u << i;
+    record.open = fmaxf(record.open, open);
   }
   return record;
 }
