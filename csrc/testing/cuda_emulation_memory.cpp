@@ -20,6 +20,8 @@
 
 #include "cuda_emulation_engine.h"
 
+extern "C" void* __asan_region_is_poisoned(void*, size_t) __attribute__((weak));
+
 namespace emulation {
 namespace {
 
@@ -298,7 +300,14 @@ void access(const void* address, size_t bytes, Access kind, Where where, int thr
     return check.report("misaligned access",
                         ", which is not a multiple of " + std::to_string(alignment));
   }
-  if (!checked) return;
+  if (!checked) {
+    // AddressSanitizer sees kernels' own accesses; these are made for them.
+    const bool sanitized = __asan_region_is_poisoned != nullptr;
+    if (sanitized && __asan_region_is_poisoned(const_cast<void*>(address), bytes) != nullptr) {
+      check.report("out of bounds", "");
+    }
+    return;
+  }
   Region* region = find_region(begin);
   if (region == nullptr) {
     if (!is_private(begin)) check.report("out of bounds", "");

@@ -61,9 +61,10 @@ __global__ void exit_before_collective(const float* in, float* out, bool broken)
 
 __global__ void lane_in_barrier(const float* in, float* out, bool broken) {
   float value = in[threadIdx.x];
-  if (broken && threadIdx.x == 5) __syncthreads();
-  value += __shfl_down_sync(all, value, 1);  // lane_in_barrier
-  if (!broken || threadIdx.x != 5) __syncthreads();
+  if (!broken || threadIdx.x != 5) {
+    value += __shfl_down_sync(all, value, 1);  // lane_in_barrier
+  }
+  __syncthreads();
   out[place()] = value;
 }
 
@@ -133,8 +134,8 @@ __global__ void misaligned_shared(const float* in, float* out, bool broken) {
   VQKERNELS_DYNAMIC_SHARED(float, tile);
   tile[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
-  const float2 values =
-      *reinterpret_cast<const float2*>(tile + (broken ? 1 : 2));  // misaligned_shared
+  const float* pair = tile + (broken ? 1 : 2);
+  const float2 values = *reinterpret_cast<const float2*>(pair);  // misaligned_shared
   out[place()] = values.x + values.y;
 }
 
@@ -190,8 +191,8 @@ __global__ void write_after_write(const float* in, float* out, bool broken) {
 __global__ void neighbours_in_one_word(const float* in, float* out, bool broken) {
   // Bytes side by side are no race; one byte for two threads is.
   __shared__ unsigned char flags[block];
-  flags[broken ? threadIdx.x / 2 * 2 : threadIdx.x] =
-      in[threadIdx.x] > 0;  // neighbours_in_one_word
+  const int flag = broken ? threadIdx.x / 2 * 2 : threadIdx.x;
+  flags[flag] = in[threadIdx.x] > 0;  // neighbours_in_one_word
   __syncthreads();
   out[place()] = flags[threadIdx.x / 2 * 2];
 }
@@ -300,9 +301,8 @@ __global__ void copy_from_out_of_bounds(const float* in, float* out, bool broken
   // The last copy has one float left to read; the rest is zero.
   if (threadIdx.x < 16) {
     const bool last = threadIdx.x == 15;
-    const float* from = in + (last ? 252 : threadIdx.x * 4);
-    cp_async_16(tile + threadIdx.x * 4, last ? from + (broken ? 4 : 0) : from,
-                last ? 4 : 16);  // copy_from_out_of_bounds
+    const float* from = in + (last ? 252 + (broken ? 4 : 0) : threadIdx.x * 4);
+    cp_async_16(tile + threadIdx.x * 4, from, last ? 4 : 16);  // copy_from_out_of_bounds
   }
   cp_async_commit();
   cp_async_wait<0>();
