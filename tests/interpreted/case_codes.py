@@ -204,6 +204,38 @@ def test_gradient_of_x(dtype, dim, gradient, given):
     torch.testing.assert_close(grad, expected, rtol=steps, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [1, 17, 150])
+@pytest.mark.parametrize("given", ["both", "quantized", "commitment"])
+def test_rotated_gradient_of_x(dtype, dim, given):
+    x, codebook = random(45, dim, dtype=dtype), random(20, dim, seed=1, dtype=dtype)
+    indices = labels(45, below=20)
+    x[indices == -1] = float("nan")
+    x[:3], indices[:3] = 0, torch.tensor([3, 4, 5])  # no direction
+    codebook[4] = 0
+    x[3], indices[3] = -codebook[7] * (1 + 2**-8), 7  # all but opposite
+    grad_quantized = random(45, dim, seed=4, dtype=dtype) if given != "commitment" else None
+    grad_commitment = torch.tensor(37.5) if given != "quantized" else None
+    arguments = (grad_quantized, grad_commitment, x, codebook, indices)
+    grad = quantize_backward_x(*arguments, "rotation")
+    expected = reference_quantize.quantize_backward_x(*arguments, gradient="rotation")
+    assert grad.dtype == dtype
+    assert (grad[indices == -1] == 0).all()
+    # Both are sums in float64: they differ by the last rounding only.
+    steps = {torch.float32: 2e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(grad, expected, rtol=steps, atol=1e-7)
+
+
+def test_rotated_gradient_of_x_with_books_and_strides():
+    x = random(2, 6, 3, 9).permute(0, 2, 3, 1)
+    codebook, indices = random(3, 20, 6, seed=1), labels(2, 3, 9, below=20)
+    for grad_quantized in (random(2, 3, 9, 6, seed=4), torch.ones(()).expand(2, 3, 9, 6)):
+        arguments = (grad_quantized, torch.tensor(2.0), x, codebook, indices)
+        grad = quantize_backward_x(*arguments, "rotation")
+        expected = reference_quantize.quantize_backward_x(*arguments, gradient="rotation")
+        torch.testing.assert_close(grad, expected)
+
+
 def test_gradient_of_x_with_books_and_strides():
     x = random(2, 6, 3, 9).permute(0, 2, 3, 1)
     codebook, indices = random(3, 20, 6, seed=1), labels(2, 3, 9, below=20)
