@@ -34,6 +34,11 @@ struct Disabled {
   int line;
 };
 
+struct Reached {
+  Site site;
+  int64_t times;
+};
+
 struct Scheduler {
   Order order = Order::forward;
   uint64_t seed = 0, random = 0;
@@ -47,6 +52,7 @@ struct Scheduler {
   int votes = 0, decided = 0;  // of the barrier that fills, of the one passed last
   std::vector<Disabled> disabled;
   int64_t times_disabled = 0;
+  std::vector<Reached> reached;
 #if !defined(__x86_64__)
   ucontext_t context;
   std::vector<ucontext_t> contexts;
@@ -228,6 +234,15 @@ void explain_standstill() {
 }
 
 bool is_disabled(Site site) {
+  auto known =
+      std::find_if(scheduler.reached.begin(), scheduler.reached.end(), [&](const Reached& other) {
+        return other.site.line == site.line && other.site.file == site.file;
+      });
+  if (known == scheduler.reached.end()) {
+    scheduler.reached.push_back({site, 0});
+    known = scheduler.reached.end() - 1;
+  }
+  ++known->times;
   for (const Disabled& place : scheduler.disabled) {
     if (place.line == site.line && place.file == file_name(site.file)) {
       ++scheduler.times_disabled;
@@ -572,6 +587,16 @@ const char* keep(const char* message) {
 }
 
 int64_t times_disabled() { return scheduler.times_disabled; }
+
+int64_t times_reached(const std::string& file, int line) {
+  int64_t times = 0;
+  for (const Reached& place : scheduler.reached) {
+    if (place.site.line == line && file == file_name(place.site.file)) times += place.times;
+  }
+  return times;
+}
+
+void forget_reached() { scheduler.reached.clear(); }
 
 Arena::~Arena() {
   for (void* block : blocks_) {

@@ -35,3 +35,9 @@ EMULATION_EXPORT void emulation_disable(const char* file, int line) {
 EMULATION_EXPORT void emulation_enable_all() { emulation::enable_all(); }
 
 EMULATION_EXPORT int64_t emulation_times_disabled() { return emulation::times_disabled(); }
+
+EMULATION_EXPORT int64_t emulation_times_reached(const char* file, int line) {
+  return emulation::times_reached(file, line);
+}
+
+EMULATION_EXPORT void emulation_forget_reached() { emulation::forget_reached(); }

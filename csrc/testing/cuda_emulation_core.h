@@ -128,6 +128,9 @@ void disable(const std::string& file, int line);
 void enable_all();
 // How often a place that is disabled was reached.
 int64_t times_disabled();
+// How often the barrier or wait at this place was reached since `forget_reached`.
+int64_t times_reached(const std::string& file, int line);
+void forget_reached();
 
 // Keeps a message until the next one.
 const char* keep(const char* message);

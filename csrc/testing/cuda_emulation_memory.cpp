@@ -65,6 +65,9 @@ struct Memory {
   uint32_t block_epoch = 1, launch_epoch = 1;  // the first of the running block and launch
   std::vector<uint32_t> clocks;  // [thread][lane]: what thread has seen of its warp's lanes
   std::vector<Site> sites;
+  int counted_thread = -1;  // whose `accesses` are counted, since it ran first in `counted_epoch`
+  uint32_t counted_epoch = 0;
+  int64_t accesses = 0;
 };
 Memory memory;
 
@@ -259,6 +262,20 @@ struct Check {
   }
 };
 
+// A thread that goes on forever, say because it looks for what another one was to write.
+constexpr int64_t most_accesses = 1 << 24;
+
+void count_access(Where where) {
+  if (memory.counted_thread != engine.current || memory.counted_epoch != memory.epoch) {
+    memory.counted_thread = engine.current;
+    memory.counted_epoch = memory.epoch;
+    memory.accesses = 0;
+  }
+  if (++memory.accesses > most_accesses) {
+    fault("deadlock: " + std::to_string(most_accesses) + " accesses and no end", where);
+  }
+}
+
 void open_image() {
   if (memory.image_known) return;
   memory.image_known = true;
@@ -295,6 +312,7 @@ void access(const void* address, size_t bytes, Access kind, Where where, int thr
     return;
   }
   if (thread < 0) thread = engine.current;
+  count_access(where);
   Check check{begin, bytes, kind, where, thread, 0};
   if (begin % alignment != 0) {
     return check.report("misaligned access",

@@ -101,6 +101,13 @@ __global__ void deadlock(const float* in, float* out, bool broken) {
   out[place()] = in[threadIdx.x];
 }
 
+__global__ void endless(const float* in, float* out, bool broken) {
+  __shared__ volatile int done[block];
+  done[threadIdx.x] = broken ? 0 : 1;
+  while (done[threadIdx.x] == 0) continue;  // endless
+  out[place()] = in[threadIdx.x];
+}
+
 // Memory ----------------------------------------------------------------------------------------
 
 __global__ void global_read_out_of_bounds(const float* in, float* out, bool broken) {
@@ -337,6 +344,7 @@ SELFTEST(two_collectives, 2, 0)
 SELFTEST(shuffle_from_outside, 2, 0)
 SELFTEST(mask_without_caller, 2, 0)
 SELFTEST(deadlock, 2, 0)
+SELFTEST(endless, 2, 0)
 SELFTEST(global_read_out_of_bounds, 2, 0)
 SELFTEST(global_write_out_of_bounds, 2, 0)
 SELFTEST(dynamic_out_of_bounds, 2, block * sizeof(float))

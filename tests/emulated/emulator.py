@@ -12,7 +12,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -181,6 +180,8 @@ class Emulator:
             "disable": ("p", "i", None),
             "enable_all": ("", "", None),
             "times_disabled": ("", "", ctypes.c_int64),
+            "times_reached": ("p", "i", ctypes.c_int64),
+            "forget_reached": ("", "", None),
         }
         kinds = {
             "p": ctypes.c_void_p,
@@ -243,6 +244,14 @@ class Emulator:
         """How often a place that is disabled was reached."""
         return int(self.library.emulation_times_disabled())
 
+    def times_reached(self, file: str, line: int) -> int:
+        """How often the barrier or cp_async_wait at this place was reached since
+        `forget_reached`."""
+        return int(self.library.emulation_times_reached(file.encode(), line))
+
+    def forget_reached(self) -> None:
+        self.library.emulation_forget_reached()
+
     def call(self, name: str, *arguments: object) -> None:
         """Calls an entry point; raises KernelFaultError with its message.
 
@@ -266,12 +275,3 @@ def _converted(argument: object) -> Any:
     if isinstance(argument, float):
         return ctypes.c_double(argument)
     return argument
-
-
-def line_of(source: str, marker: str) -> int:
-    """The line of a file of csrc/testing that holds this text."""
-    lines = (TESTING / source).read_text().splitlines()
-    found = [number for number, line in enumerate(lines, 1) if re.search(marker, line)]
-    if len(found) != 1:
-        raise ValueError(f"{marker!r} is on {len(found)} lines of {source}")
-    return found[0]

@@ -47,6 +47,7 @@ ALWAYS = {
 CHECKED = {
     # Which of the two shows first depends on the order.
     "barrier_left_out": {UNINITIALIZED, SHARED_RACE},
+    "endless": {"deadlock"},
     "global_read_out_of_bounds": {BOUNDS},
     "global_write_out_of_bounds": {BOUNDS},
     "dynamic_out_of_bounds": {BOUNDS},
