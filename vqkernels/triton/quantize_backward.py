@@ -211,23 +211,23 @@ def _rotated_grad_x(
         code = _wide(codes, book_strides[2], start + d, found, D)
         row_squares += tl.sum(row * row, 1)
         code_squares += tl.sum(code * code, 1)
-    length = tl.maximum(tl.sqrt(row_squares), 1e-6)
+    to_u = 1.0 / tl.maximum(tl.sqrt(row_squares), 1e-6)
     code_length = tl.sqrt(code_squares)
-    safe_length = tl.maximum(code_length, 1e-6)
+    to_v = 1.0 / tl.maximum(code_length, 1e-6)
 
     squares = tl.zeros([ROWS], tl.float64)
     along_sum = tl.zeros([ROWS], tl.float64)
     along_code = tl.zeros([ROWS], tl.float64)
     for start in range(0, D, BLOCK_D):
-        u = _wide(rows, x_strides[4], start + d, found, D) / length[:, None]
-        v = _wide(codes, book_strides[2], start + d, found, D) / safe_length[:, None]
+        u = _wide(rows, x_strides[4], start + d, found, D) * to_u[:, None]
+        v = _wide(codes, book_strides[2], start + d, found, D) * to_v[:, None]
         grad = _wide(grads, grad_quantized_strides[4], start + d, found, D)
         squares += tl.sum((u + v) * (u + v), 1)
         along_sum += tl.sum((u + v) * grad, 1)
         along_code += tl.sum(v * grad, 1)
     sum_length = tl.maximum(tl.sqrt(squares), 1e-6)
     along_sum = along_sum / sum_length / sum_length
-    scale = code_length / length
+    scale = code_length * to_u
 
     factor = 0.0
     if COMMITTED:
@@ -238,8 +238,8 @@ def _rotated_grad_x(
         row = _wide(rows, x_strides[4], start + d, found, D)
         code = _wide(codes, book_strides[2], start + d, found, D)
         grad = _wide(grads, grad_quantized_strides[4], start + d, found, D)
-        u = row / length[:, None]
-        total = u + code / safe_length[:, None]
+        u = row * to_u[:, None]
+        total = u + code * to_v[:, None]
         grad = grad - 2.0 * total * along_sum[:, None] + 2.0 * u * along_code[:, None]
         grad = scale[:, None] * grad + factor * (row - code)
         at = out[:, None] + (start + d).to(tl.int64)[None, :] * grad_x_strides[4]
