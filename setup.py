@@ -248,9 +248,10 @@ def cuda_plan(out: Path) -> str:
         if text:
             code.append(f"-gencode=arch={virtual},code={virtual}")
     # Where compute-sanitizer and profilers are to name a line, the code has to know it.
-    flags = "-std=c++17 -O3 -fmad=false -lineinfo -Xcompiler=-fPIC,-fvisibility=hidden"
+    flags = "-std=c++17 -O3 -fmad=false -lineinfo -Xfatbin=-compress-all"
+    flags += f" -Xcompiler=-fPIC,-fvisibility=hidden {' '.join(code)}"
     objects = [
-        file.compile(f"{source.stem}.cu.o", source, f"{flags} {' '.join(code)}", "compile_cuda")
+        file.compile(f"{source.stem}.cu.o", source, flags, "compile_cuda")
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))
     ]
     toolkit = " ".join(f"-isystem {path}" for path in includes)

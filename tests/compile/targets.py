@@ -7,27 +7,23 @@ and compiles it down to machine code.
 
 from __future__ import annotations
 
-import collections
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from machine_code import Code, output_of
+from resource_table import MULTIPROCESSORS, Needs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vqkernels.triton import launch
 
-CAPABILITIES = (80, 90, 100, 120)
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+CAPABILITIES = tuple(MULTIPROCESSORS)
 TENSOR_INSTRUCTIONS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
-_MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 170}
-
 _POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -36,7 +32,6 @@ _POINTERS = {
     torch.int32: "*i32",
     torch.uint8: "*u8",
 }
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Launch:
 def recorded(call: Callable[[], Any], capability: int) -> list[Launch]:
     """The launches of `call` on a GPU of this capability."""
     launches: list[Launch] = []
-    facts = launch.DeviceFacts(capability, _MULTIPROCESSORS[capability])
+    facts = launch.DeviceFacts(capability, MULTIPROCESSORS[capability].count)
     before = launch._start, launch._INTERPRETED
     launch._start = lambda *what: launches.append(Launch(*what))
     launch._INTERPRETED = facts
@@ -68,21 +63,34 @@ class Compiled:
     Attributes:
         ptx, ttir: text forms.
         shared: bytes of shared memory a program.
-        registers: of a thread.
-        spills: instructions that store to or load from a thread's own memory.
-        loops: how often each instruction stands in each innermost loop.
+        threads: of a program.
+        tensor_columns: of tensor memory that a program takes.
+        code: the instructions.
     """
 
     ptx: str
     ttir: str
     shared: int
-    registers: int
-    spills: int
-    loops: list[collections.Counter[str]]
+    threads: int
+    tensor_columns: int
+    code: Code
 
     @property
     def tensor_instruction(self) -> str:
         return next((name for name in TENSOR_INSTRUCTIONS if name in self.ptx), "none")
+
+    @property
+    def needs(self) -> Needs:
+        code = self.code
+        return Needs(
+            code.registers,
+            self.shared,
+            code.spills,
+            self.tensor_instruction,
+            code.tensor_instructions,
+            self.threads,
+            self.tensor_columns,
+        )
 
 
 def compiled(what: Launch, capability: int) -> Compiled:
@@ -106,40 +114,18 @@ def compiled(what: Launch, capability: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        usage = output_of("cuobjdump", "-res-usage", file.name)
+        code = output_of("nvdisasm", "-c", file.name).splitlines()
     registers = re.search(r"REG:(\d+)", usage)
     assert registers, usage
-    all_instructions = _instructions(code)
     return Compiled(
         built.asm["ptx"],
         built.asm["ttir"],
         built.metadata.shared,
-        int(registers[1]),
-        all_instructions["STL"] + all_instructions["LDL"],
-        _innermost_loops(code),
+        built.metadata.num_warps * 32,
+        getattr(built.metadata, "tmem_size", 0) or 0,
+        Code.of(int(registers[1]), built.metadata.shared, code),
     )
-
-
-def _instructions(code: str) -> collections.Counter[str]:
-    names = re.findall(r"\*/\s+(?:@!?U?P[0-9T]+ )?([A-Z][A-Z0-9_]+)", code)
-    return collections.Counter(names)
-
-
-def _innermost_loops(code: str) -> list[collections.Counter[str]]:
-    """Instructions between a label and the last jump back to it, where no other loop lies."""
-    lines = code.splitlines()
-    labels = {line.strip()[:-1]: i for i, line in enumerate(lines) if line.startswith(".L_x_")}
-    ranges: dict[int, int] = {}
-    for i, line in enumerate(lines):
-        jump = re.search(r"BRA.*?(\.L_x_\d+)", line)
-        if jump and labels.get(jump[1], i) < i:
-            ranges[labels[jump[1]]] = i
-    return [
-        _instructions("\n".join(lines[first:last]))
-        for first, last in ranges.items()
-        if not any(first < other and end < last for other, end in ranges.items())
-    ]
 
 
 def _specialized(
@@ -159,8 +145,3 @@ def _specialized(
     if value % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
     return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-
-
-def _run(tool: str, *args: str) -> str:
-    done = subprocess.run([_TOOLS / tool, *args], capture_output=True, text=True, check=True)
-    return done.stdout

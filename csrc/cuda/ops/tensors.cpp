@@ -151,9 +151,9 @@ Rows codes_of(const Tensor& codebook) {
   codes.data = codebook.data_ptr();
   codes.dtype = dtype_of(codebook);
   codes.books = dims == 3 ? codebook.size(0) : 1;
-  codes.count = codes.inner = codebook_size(codebook);
+  codes.count = codebook_size(codebook);
   codes.width = codebook.size(dims - 1);
-  codes.strides[2] = codebook.stride(dims - 2);
+  codes.strides[0] = codebook.stride(dims - 2);
   codes.book_stride = dims == 3 ? codebook.stride(0) : 0;
   codes.col_stride = codebook.stride(dims - 1);
   return codes;

@@ -1,0 +1,168 @@
+// What a launcher of csrc/cuda launches, on a GPU that is not here: the launchers as nvcc compiled
+// them, linked with a CUDA runtime that starts nothing and prints each launch.
+//
+//   cuda_launches OP CAPABILITY MULTIPROCESSORS SHARED_BLOCK SHARED_TOTAL X_DTYPE BOOK_DTYPE
+//                 ROWS CODES DIM
+//
+// A line a launch: the kernel's mangled name, its threads a block, its bytes of dynamic shared
+// memory.
+#include <cuda_runtime_api.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <string>
+
+#include "nearest_code.h"
+#include "quantize.h"
+
+namespace {
+
+// Filled by the objects' initializers, so it has to be made on first use.
+std::map<const void*, std::string>& names() {
+  static std::map<const void*, std::string> known;
+  return known;
+}
+
+struct Configuration {
+  dim3 grid, block;
+  size_t shared = 0;
+  cudaStream_t stream = nullptr;
+} pushed;
+
+cudaError_t print_launch(const void* kernel, dim3 block, size_t shared) {
+  std::printf("%s %u %zu\n", names()[kernel].c_str(), block.x * block.y * block.z, shared);
+  return cudaSuccess;
+}
+
+}  // namespace
+
+extern "C" {
+
+void** __cudaRegisterFatBinary(void*) {
+  static void* handle;
+  return &handle;
+}
+
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+
+void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*,
+                            dim3*, dim3*, int*) {
+  names()[host] = name;
+}
+
+unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
+  pushed = {grid, block, shared, stream};
+  return 0;
+}
+
+cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
+  *grid = pushed.grid;
+  *block = pushed.block;
+  *shared = pushed.shared;
+  *static_cast<cudaStream_t*>(stream) = pushed.stream;
+  return cudaSuccess;
+}
+
+// Newer toolkits launch by a handle, older ones by the function's address.
+cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
+  *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
+  return cudaSuccess;
+}
+
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3 block, void**, size_t shared,
+                               cudaStream_t) {
+  return print_launch(kernel, block, shared);
+}
+
+cudaError_t cudaLaunchKernel(const void* function, dim3, dim3 block, void**, size_t shared,
+                             cudaStream_t) {
+  return print_launch(function, block, shared);
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "none"; }
+
+}  // extern "C"
+
+namespace vqkernels::cuda {
+namespace {
+
+// Where nothing is read or written.
+constexpr uintptr_t kAddress = 1 << 20;
+
+template <typename T>
+T* nowhere() {
+  return reinterpret_cast<T*>(kAddress);
+}
+
+Rows rows_of(DType dtype, int64_t count, int64_t width) {
+  Rows rows;
+  rows.data = nowhere<void>();
+  rows.dtype = dtype;
+  rows.count = count;
+  rows.width = width;
+  rows.strides[0] = width;
+  rows.book_stride = count * width;
+  return rows;
+}
+
+int run(char** arguments) {
+  const std::string op = arguments[1];
+  const auto number = [&](int i) { return std::atoll(arguments[i]); };
+  const auto dtype = [&](int i) {
+    const std::string name = arguments[i];
+    return name == "fp16" ? DType::f16 : name == "bf16" ? DType::bf16 : DType::f32;
+  };
+  Context context;
+  context.device = {int(number(2)), int(number(3)), int(number(4)), int(number(5))};
+  context.allocate = [](int64_t) { return nowhere<void>(); };
+  const Rows x = rows_of(dtype(6), number(8), number(10));
+  const Rows codebook = rows_of(dtype(7), number(9), number(10));
+  Labels labels;
+  labels.strides[0] = 1;
+
+  NearestCode search;
+  search.x = x;
+  search.codebook = codebook;
+  search.labels = labels;
+  search.indices = nowhere<int64_t>();
+  if (op == "nearest_code") {
+    nearest_code(search, context);
+  } else if (op == "quantize") {
+    Quantize problem;
+    problem.search = search;
+    problem.quantized = x;
+    problem.counts = problem.commitment_loss = problem.codebook_loss = nowhere<float>();
+    quantize(problem, context);
+  } else if (op == "quantize_backward_x") {
+    QuantizeBackwardX problem;
+    problem.x = problem.grad_quantized = problem.grad_x = x;
+    problem.codebook = codebook;
+    problem.grad_commitment = nowhere<float>();
+    problem.labels = labels;
+    problem.indices = nowhere<int64_t>();
+    quantize_backward_x(problem, context);
+  } else if (op == "quantize_backward_codebook") {
+    code_keys(x, labels, nowhere<int64_t>(), codebook.count, nowhere<int32_t>(), context);
+    QuantizeBackwardCodebook problem;
+    problem.x = x;
+    problem.codebook = problem.grad_codebook = codebook;
+    problem.grad_codebook_loss = nowhere<float>();
+    problem.keys = nowhere<int32_t>();
+    problem.order = nowhere<int64_t>();
+    quantize_backward_codebook(problem, context);
+  } else {
+    std::fprintf(stderr, "no op %s\n", op.c_str());
+    return 1;
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace vqkernels::cuda
+
+int main(int count, char** arguments) { return count == 11 ? vqkernels::cuda::run(arguments) : 1; }
