@@ -53,12 +53,13 @@ Plan plan(const NearestCode& problem, const Device& device) {
   plan.terms = plan.direct ? 0 : dim <= kThreeTerms ? 3 : 1;
   plan.width = plan.direct ? dim : (plan.terms * dim + kStep - 1) / kStep * kStep;
 
-  // 256 rows a block read a long book half as often; with 128, two blocks share a multiprocessor.
+  // 128 rows a block leave room for two blocks on a multiprocessor, one of which compares scores
+  // while the other multiplies. Rows of 129 to 256 columns do not: then 256 rows, which read the
+  // book half as often.
   const int chunks = (plan.width + kChunk - 1) / kChunk;
-  const bool long_rows = chunks > 2 && chunks <= kResident;
-  const bool many_rows = problem.x.count >= 256 * device.multiprocessors;
-  plan.warps_m =
-      long_rows && many_rows && shared_bytes<4>(plan.width, 2) <= device.shared_block ? 4 : 2;
+  const bool tall = chunks > 2 && chunks <= kResident && problem.x.count > 128 &&
+                    shared_bytes<4>(plan.width, 2) <= device.shared_block;
+  plan.warps_m = tall ? 4 : 2;
   const int blocks = plan.warps_m == 2 ? 2 : 1;
   const int three =
       plan.warps_m == 2 ? shared_bytes<2>(plan.width, 3) : shared_bytes<4>(plan.width, 3);

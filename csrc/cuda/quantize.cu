@@ -103,7 +103,6 @@ __global__ void __launch_bounds__(kThreads) write_codes(WriteCodes call) {
     const int64_t at = inside ? place(call.labels, call.x, book, int(row)) : 0;
     const bool kept = !inside || call.mask == nullptr || call.mask[at] != 0;
     const int64_t index = inside && kept ? call.indices[at] : -1;
-    __syncwarp();  // every thread that shares the row has read its index
     if (!kept && lane == 0) call.indices[at] = -1;
     float sum = 0;
     if (inside) {

@@ -33,13 +33,19 @@ NearestCode search_from(const int64_t* x, const int64_t* codebook, int metric,
   return {rows_from(x), rows_from(codebook), Metric(metric), labels_from(labels), indices};
 }
 
+int64_t scratch_bytes = 0;  // of the last call
+
 template <typename F>
 const char* run(const int64_t* device, const F& launch) {
   static thread_local std::string problem;
   emulation::Arena arena;
   Context context;
   context.device = {int(device[0]), int(device[1]), int(device[2]), int(device[3])};
-  context.allocate = [&](int64_t bytes) { return arena.allocate(bytes); };
+  scratch_bytes = 0;
+  context.allocate = [&](int64_t bytes) {
+    scratch_bytes += bytes;
+    return arena.allocate(bytes);
+  };
   try {
     launch(context);
   } catch (const std::exception& error) {
@@ -55,6 +61,10 @@ const char* run(const int64_t* device, const F& launch) {
 #define VQKERNELS_EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 namespace cuda = vqkernels::cuda;
+
+extern "C" __attribute__((visibility("default"))) int64_t emulated_scratch_bytes() {
+  return cuda::scratch_bytes;
+}
 
 VQKERNELS_EXPORT emulated_nearest_code(const int64_t* device, const int64_t* x,
                                        const int64_t* codebook, int metric, const int64_t* labels,

@@ -33,8 +33,15 @@ class CudaCalls:
 
     def __init__(self, library: ctypes.CDLL, declare, device: Device = HOPPER) -> None:
         self.library = library
-        self._declare = declare
+        self.declare = declare
         self.device = device
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the last launch allocated beside its results."""
+        function = self.library.emulated_scratch_bytes
+        function.restype = ctypes.c_int64
+        return int(function())
 
     def nearest_code(
         self,
@@ -142,9 +149,9 @@ class CudaCalls:
 
     def _declare_all(self, given: list[Tensor], written: list[Tensor]) -> None:
         for tensor in given:
-            self._declare(tensor, True)
+            self.declare(tensor, True)
         for tensor in written:
-            self._declare(tensor, False)
+            self.declare(tensor, False)
 
     def _run(self, function, *args) -> None:
         device = (ctypes.c_int64 * 4)(
