@@ -56,7 +56,7 @@ ifneq ($(VENV),0)
 	@$(MAKE) --no-print-directory --silent .venv/.installed-vqkernels
 endif
 
-test: build $(call packages,test triton)
+test: build $(call packages,test triton triton-3.6)
 	$(call needs,pytest)
 	$(PY) -m pytest tests $(ARGS)
 
@@ -93,6 +93,13 @@ clean:
 # A torch for GPUs brings the Triton that fits it.
 .venv/.installed-triton: requirements/triton.txt .venv/.installed-torch
 	@$(PY) -c "import triton" 2>/dev/null || $(PIP) install -r $<
+	@touch $@
+
+# The oldest Triton that kernels must compile under; on a path of its own, for tests/compile alone.
+.venv/.installed-triton-3.6: .venv/.installed-triton
+	@$(PY) -c "import triton; exit(not triton.__version__.startswith('3.6.'))" 2>/dev/null || \
+		[ "$$(uname -s)" != Linux ] || \
+		$(PIP) install --no-deps --upgrade --target .venv/triton-3.6 triton==3.6.0
 	@touch $@
 
 .venv/.installed-%: requirements/%.txt requirements/constraints.txt .venv/.installed-torch

@@ -55,7 +55,8 @@ def copy_source(to: Path) -> Path:
 def build(source: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in `source` with the build backend at hand as `backend`."""
     command = [sys.executable, "-c", f"import setuptools.build_meta as backend; {code}"]
-    env = {**os.environ, "MAX_JOBS": "1", "VQKERNELS_NATIVE": "1", **environment}
+    wanted = {"MAX_JOBS": "1", "VQKERNELS_NATIVE": "1", "VQKERNELS_CUDA": "0"}
+    env = {**os.environ, **wanted, **environment}
     return subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, timeout=500)
 
 
@@ -204,7 +205,9 @@ class Lacking:
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o755)
 
-    def build(self, wanted: str = "auto") -> subprocess.CompletedProcess[str]:
+    def build(
+        self, wanted: str = "auto", cuda: str = "0", **more: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(self.programs / "python"), "-S", "setup.py", "build_ext", "--inplace"],
             cwd=self.source,
@@ -212,6 +215,8 @@ class Lacking:
                 "PATH": str(self.programs),
                 "PYTHONPATH": str(self.modules),
                 "VQKERNELS_NATIVE": wanted,
+                "VQKERNELS_CUDA": cuda,
+                **more,
             },
             capture_output=True,
             text=True,
@@ -300,3 +305,136 @@ def test_native_kernels_can_be_declined(lacking: Lacking) -> None:
     assert done.returncode == 0, done.stderr
     assert "VQKERNELS_NATIVE=0 asked for no native kernels" in done.stderr
     assert not list((lacking.source / "vqkernels/lib").glob("lib*"))
+
+
+# ---- the CUDA object -----------------------------------------------------------------------
+
+SAYS_WHERE_IT_LOOKS = """
+echo '#$ INCLUDES="-I/toolkit/include"' >&2
+echo '#$ LIBRARIES=  "-L/toolkit/stubs" "-L/toolkit/lib"' >&2
+"""
+
+
+@pytest.fixture
+def for_cuda(lacking: Lacking) -> Lacking:
+    """All that a build needs, but for nvcc and a torch."""
+    lacking.give_program("g++", "exit 0")
+    lacking.give_program("ninja", "exit 0")
+    return lacking
+
+
+def give_torch(lacking: Lacking, cuda: str | None) -> None:
+    """As much of a torch as a build looks at."""
+    folder = lacking.modules / "torch"
+    folder.mkdir(exist_ok=True)
+    (folder / "__init__.py").write_text("raise ImportError('not to be imported by a build')")
+    (folder / "version.py").write_text(
+        f"from typing import Optional\n__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\n"
+        "hip: Optional[str] = None\n"
+    )
+
+
+def give_nvcc(lacking: Lacking) -> str:
+    """A home for CUDA_HOME."""
+    lacking.give_program("nvcc", SAYS_WHERE_IT_LOOKS)
+    home = lacking.programs.parent
+    return str(home)
+
+
+def said_of_cuda(lacking: Lacking) -> str | None:
+    return json.loads((lacking.source / "vqkernels/lib/build.json").read_text())["cuda_problem"]
+
+
+def cuda_plan_of(lacking: Lacking) -> str:
+    (path,) = (lacking.source / "build").glob("cuda-*/build.ninja")
+    return path.read_text()
+
+
+def test_kernels_for_every_target_are_planned_where_torch_has_cuda(for_cuda: Lacking) -> None:
+    give_torch(for_cuda, "13.0")
+    done = for_cuda.build(cuda="auto", CUDA_HOME=give_nvcc(for_cuda))
+    assert done.returncode == 0, done.stderr
+    assert said_of_cuda(for_cuda) is None
+    assert "WERE BUILT" not in done.stderr
+    plan = cuda_plan_of(for_cuda)
+    for target in ("80", "90a", "100", "120"):
+        assert f"-gencode=arch=compute_{target},code=sm_{target}" in plan
+    assert plan.count("code=compute_80") == len(list((ROOT / "csrc/cuda").glob("*.cu"))) > 0
+    assert "-isystem /toolkit/include" in plan
+    assert "-L/toolkit/lib" in plan
+    assert "-soname,$out" in plan
+
+
+def test_fewer_targets_can_be_asked_for(for_cuda: Lacking) -> None:
+    give_torch(for_cuda, None)
+    home = give_nvcc(for_cuda)
+    done = for_cuda.build(cuda="1", CUDA_HOME=home, VQKERNELS_CUDA_ARCHS="90a, 120+PTX")
+    assert done.returncode == 0, done.stderr
+    plan = cuda_plan_of(for_cuda)
+    assert set(re.findall(r",code=(\w+)", plan)) == {"sm_90a", "sm_120", "compute_120"}
+    assert "VQKERNELS_CUDA_TARGETS='\"90a 120+PTX\"'" in plan
+    done = for_cuda.build(cuda="1", CUDA_HOME=home, VQKERNELS_CUDA_ARCHS="hopper")
+    assert done.returncode != 0
+    assert "VQKERNELS_CUDA_ARCHS must be targets" in done.stderr
+    assert "got 'hopper'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"VQKERNELS_CUDA": "0"}, "VQKERNELS_CUDA=0 asked for no CUDA kernels"),
+        ({"VQKERNELS_NATIVE": "0"}, "VQKERNELS_NATIVE=0 asked for no native kernels"),
+        ({}, "this torch was built without CUDA"),
+    ],
+)
+def test_no_cuda_kernels_where_none_are_wanted(
+    for_cuda: Lacking, environment: dict[str, str], said: str
+) -> None:
+    give_torch(for_cuda, None)
+    done = for_cuda.build(cuda="auto", CUDA_HOME=give_nvcc(for_cuda), **environment)
+    assert done.returncode == 0, done.stderr
+    assert (said_of_cuda(for_cuda) or "").startswith(said)
+    assert "NO CUDA KERNELS" not in done.stderr
+    assert not list((for_cuda.source / "build").glob("cuda-*"))
+
+
+def test_a_missing_nvcc_is_said_and_an_object_from_elsewhere_stays(for_cuda: Lacking) -> None:
+    give_torch(for_cuda, "13.0")
+    problem = "the compiler that CUDACXX names was not found: 'none-such -v'"
+    done = for_cuda.build(cuda="1", CUDACXX="none-such -v")
+    assert done.returncode != 0
+    assert f"vqkernels: CUDA build failed: {problem}" in done.stderr
+
+    done = for_cuda.build(cuda="auto", CUDACXX="none-such -v")
+    assert done.returncode == 0, done.stderr
+    assert "NO CUDA KERNELS WERE BUILT" in done.stderr
+    assert problem in done.stderr
+    assert said_of_cuda(for_cuda) == problem
+
+    brought_along = for_cuda.source / "vqkernels/lib" / native.CUDA_OBJECT.name
+    brought_along.write_text("from another machine")
+    for cuda in ("auto", "0"):
+        done = for_cuda.build(cuda=cuda, CUDACXX="none-such -v")
+        assert done.returncode == 0, done.stderr
+        assert "NO CUDA KERNELS" not in done.stderr
+        assert brought_along.read_text() == "from another machine"
+
+
+def test_an_nvcc_that_fails_leaves_the_cpu_kernels(for_cuda: Lacking) -> None:
+    give_torch(for_cuda, "13.0")
+    for_cuda.give_program(
+        "ninja", 'case "$2" in */cuda-*) echo "quantize.cu(7): planted"; exit 1; esac'
+    )
+    done = for_cuda.build(cuda="auto", CUDA_HOME=give_nvcc(for_cuda))
+    assert done.returncode == 0, done.stderr
+    assert "NO NATIVE KERNELS" not in done.stderr
+    assert "NO CUDA KERNELS WERE BUILT" in done.stderr
+    assert "quantize.cu(7): planted" in (said_of_cuda(for_cuda) or "")
+
+
+@pytest.mark.parametrize("name", ["VQKERNELS_CUDA", "VQKERNELS_NATIVE"])
+def test_settings_that_mean_nothing_are_refused(for_cuda: Lacking, name: str) -> None:
+    give_torch(for_cuda, None)
+    done = for_cuda.build(**{"wanted": "auto", "cuda": "auto", name: "yes"})
+    assert done.returncode != 0
+    assert f"{name} must be auto, 0 or 1, got 'yes'" in done.stderr
