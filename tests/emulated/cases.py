@@ -9,11 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from _helpers import data, exact, formulas
 from cuda_calls import HOPPER, SMALL, CudaCalls, Device
 from torch import Tensor
 
 import vqkernels
-from _helpers import data, exact, formulas
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -184,6 +184,7 @@ def cases() -> list[Case]:
         _nearest("direct-cosine", 70, 300, 64, FP16, "cosine"),
         _nearest("splits", 20, 700, 20, metric="cosine", splits=3),
         _nearest("duplicates", 70, 300, 16, kind="duplicated"),
+        _nearest("near-ties", 100, 300, 40, kind="neighbours"),
         _nearest("collapsed", 20, 300, 40, kind="collapsed"),
         Case("nearest-books", _books),
         Case("nearest-channel-first", _channel_first),

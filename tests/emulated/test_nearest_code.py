@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _helpers import data, exact
 from cases import Case, cases, check_nearest
 from cuda_calls import HOPPER, SMALL, CudaCalls, Device
 from emulator import Emulator
-
-from _helpers import data, exact
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NEAREST = [case for case in cases() if case.name.startswith("nearest")]

@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
+from _helpers import data
 from cases import Case, cases, check_quantize
 from cuda_calls import CudaCalls
 from emulator import Emulator
-
-from _helpers import data
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 QUANTIZE = [case for case in cases() if not case.name.startswith("nearest")]

@@ -20,7 +20,7 @@ Tensor nearest_code_op(const Tensor& x, const Tensor& codebook, const std::strin
   return indices;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vqkernels_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(vqkernels_cuda, VQKERNELS_DISPATCH_KEY, m) {
   m.impl("nearest_code", TORCH_BOX(&nearest_code_op));
 }
 

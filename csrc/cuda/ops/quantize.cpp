@@ -110,7 +110,7 @@ Tensor quantize_backward_codebook_op(const Tensor& grad_codebook_loss, const Ten
   return grad_codebook;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(vqkernels_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(vqkernels_cuda, VQKERNELS_DISPATCH_KEY, m) {
   m.impl("quantize", TORCH_BOX(&quantize_op));
   m.impl("quantize_backward_x", TORCH_BOX(&quantize_backward_x_op));
   m.impl("quantize_backward_codebook", TORCH_BOX(&quantize_backward_codebook_op));

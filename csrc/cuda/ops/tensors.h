@@ -14,6 +14,11 @@
 #include "../nearest_code.h"
 #include "../problem.h"
 
+// A test runs the ops on the CPU, over emulated kernels.
+#if !defined(VQKERNELS_DISPATCH_KEY)
+#define VQKERNELS_DISPATCH_KEY CUDA
+#endif
+
 namespace vqkernels::cuda {
 
 using torch::headeronly::ScalarType;

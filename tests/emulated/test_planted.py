@@ -1,0 +1,139 @@
+"""The net is tested: kernels that are broken in one place each must be caught."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+from cases import cases
+from cuda_calls import CudaCalls
+from emulator import BUILD, CSRC, KERNELS, Emulator, modes
+
+if modes() == ["asan"]:
+    pytest.skip("planted faults are looked for in the race build", allow_module_level=True)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`before`, which stands once in `file`, becomes `after`; `caught` is part of the report, or
+    empty where results are wrong and nothing else is."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    caught: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FAULTS = (
+    Fault(
+        "tail of row terms",
+        "search_tiles.h",
+        "from[min(first_row + row, call.rows - 1)]",
+        "from[min(first_row + row, call.rows)]",
+        "out of bounds",
+    ),
+    Fault(
+        "tail of records",
+        "search_tiles.h",
+        "row < kRows && first_row + row < call.rows",
+        "row < kRows && first_row + row <= call.rows",
+        "out of bounds",
+    ),
+    Fault(
+        "tail of codes",
+        "prepare.h",
+        "if (code < size) sums",
+        "if (code <= size) sums",
+        "out of bounds",
+    ),
+    Fault(
+        "fragment of B",
+        "search_tiles.h",
+        "b_row = lane % 8 + lane / 16 * 8, b_piece = lane / 8 % 2",
+        "b_row = lane % 16, b_piece = lane / 16",
+    ),
+    Fault("fragment of A", "search_tiles.h", "a_piece = lane / 16;", "a_piece = lane / 8 % 2;"),
+    Fault(
+        "row of a score",
+        "search_tiles.h",
+        "float& score = scores[slot / 2][n][slot % 2 * 2 + j];",
+        "float& score = scores[slot / 2][n][j * 2 + slot % 2];",
+    ),
+    Fault(
+        "permutation of shared memory",
+        "search_tiles.h",
+        "to + row * kChunkBytes + ((piece ^ (row & 7)) << 4)",
+        "to + row * kChunkBytes + ((piece ^ (row & 3)) << 4)",
+    ),
+    Fault("a stage too many", "search_tiles.h", "stage + 1 == stages", "stage == stages"),
+    Fault(
+        "no bound",
+        "search_tiles.h",
+        "fmaf(row.error, norm, fmaf(row.norm, error, of_bias))",
+        "of_bias",
+    ),
+    Fault(
+        "codes that are not named",
+        "search_tiles.h",
+        "          open = fmaxf(open, upper);\n          upper = high;",
+        "          upper = high;",
+    ),
+    Fault(
+        "first of equals",
+        "decide.h",
+        "(bad == badness && code < index)",
+        "(bad == badness && code > index)",
+    ),
+    Fault("slots of a tile", "decide.h", "slot / 4 * 64 + i % kSlotCodes", "i % kSlotCodes"),
+    Fault(
+        "loss of the last group",
+        "quantize.cu",
+        "other = 1; other < groups;",
+        "other = 1; other < groups - 1;",
+    ),
+    Fault("code over two chunks", "quantize.cu", "if (goes_on && !began_before)", "if (false)"),
+)
+
+
+def _planted(fault: Fault) -> Emulator:
+    """The kernels with this fault in them, compiled once for each text of the file."""
+    text = (CSRC / "cuda" / fault.file).read_text()
+    assert text.count(fault.before) == 1, f"{fault.before!r} is not once in {fault.file}"
+    text = text.replace(fault.before, fault.after)
+    copy = BUILD / "planted" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    shutil.copytree(CSRC, copy, dirs_exist_ok=True)
+    (copy / "cuda" / fault.file).write_text(text)
+    kernel = "quantize.cu" if fault.file == "quantize.cu" else "nearest_code.cu"
+    sources = [copy / "cuda" / kernel if path.name == kernel else path for path in KERNELS]
+    return Emulator("race", tuple(sources))
+
+
+@pytest.fixture(scope="module")
+def emulators() -> dict[str, Emulator]:
+    Emulator("race")  # so that what all share is compiled once
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FAULTS, pool.map(_planted, FAULTS), strict=True))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_planted_fault_is_caught(emulators: dict[Fault, Emulator], fault: Fault) -> None:
+    emulator = emulators[fault]
+    emulator.set_order("reverse")
+    found = ""
+    for case in cases():
+        try:
+            case.run(CudaCalls(emulator.library, emulator.declare, case.device))
+        except (AssertionError, RuntimeError) as error:
+            found = f"{case.name}: {type(error).__name__} {error}"
+            break
+        finally:
+            emulator.forget()
+    assert found, "every case passed"
+    assert fault.caught in found
