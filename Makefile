@@ -17,7 +17,7 @@ export MAX_JOBS
 endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test lint bench demo clean
+.PHONY: help venv build test lint bench demo gpu-check clean
 
 ifeq ($(VENV),0)
 PY := $(PYTHON)
@@ -41,6 +41,7 @@ help:
 	@echo "make test   run the tests"
 	@echo "make demo   train and sample on handwritten digits, into out/demo"
 	@echo "make bench  compare with other implementations, into benchmarks/results"
+	@echo "make gpu-check  on a machine with a GPU: device tests and benchmarks, into benchmarks/results"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make build  compile the kernels in place"
 	@echo "make venv   make .venv with everything that building needs"
@@ -65,6 +66,14 @@ demo: build $(call packages,demo)
 
 bench: build $(call packages,bench)
 	$(PY) -m benchmarks $(ARGS)
+
+# Takes the packages that are there, objects from vqkernels/lib or built on the spot, no network.
+gpu-check: check_python = $(if $(filter 0,$(VENV)),$(PYTHON),$(or $(wildcard .venv/bin/python),$(PYTHON)))
+gpu-check:
+	@$(check_python) -c 'import importlib.util as u, sys; \
+	lacking = [m for m in ("torch", "numpy", "pytest") if u.find_spec(m) is None]; \
+	lacking and sys.exit("make $@: " + sys.executable + " lacks " + ", ".join(lacking))'
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(check_python) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(call packages,torch build lint)
 	$(call needs,ruff mypy)

@@ -98,9 +98,9 @@ class LookupCase:
         return Lookup(x, codebook, self.row.metric)
 
     def providers(self, device: Device) -> tuple[Provider, ...]:
-        dtype = getattr(torch, self.dtype)
         mine = tuple(map(ours, our_backends(device.dry)))
-        return mine + peers(self.row.metric, dtype, compiled=self.compiled)
+        half = self.dtype != "float32" and not self.book_dtype
+        return mine + peers(self.row.metric, half=half, compiled=self.compiled)
 
     def keep(self, output: Tensor) -> Tensor:
         return output.reshape(-1).long()

@@ -45,15 +45,16 @@ def ours(backend: str) -> Provider:
     return Provider(f"{OURS}-{backend}", (Variant("", bind),))
 
 
-def peers(metric: str, dtype: torch.dtype, *, compiled: bool) -> tuple[Provider, ...]:
-    """Every peer; one that cannot take the problem fails when it is bound or first called."""
-    half = dtype != torch.float32
-    found = [
-        Provider(MATMUL, (Variant("whole", _whole), *map(_chunked, _CHUNK_BYTES))),
-        Provider("cdist", (Variant("", _cdist),)),
-    ]
+def peers(metric: str, *, half: bool, compiled: bool) -> tuple[Provider, ...]:
+    """Every peer; one that cannot take the problem fails when it is bound or first called.
+
+    half: x and the book in half precision, whose scores torch keeps in it unless told otherwise.
+    """
+    found = [Provider(MATMUL, (Variant("whole", _whole), *map(_chunked, _CHUNK_BYTES)))]
     if half:
-        found.insert(1, Provider(EXACT_MATMUL, (Variant("whole", _fp32_scores),)))
+        found.append(Provider(EXACT_MATMUL, (Variant("whole", _fp32_scores),)))
+    elif metric != "dot":
+        found.append(Provider("cdist", (Variant("", _cdist),)))
     if compiled:
         found.append(Provider("torch.compile", (Variant("default mode", _compiled),)))
     if metric == "l2":
@@ -125,8 +126,6 @@ def _fp32_scores(problem: Lookup) -> Call:
 
 
 def _cdist(problem: Lookup) -> Call:
-    if problem.metric == "dot":
-        raise ValueError("a distance has no inner-product form")
     rows, book = _operands(problem)
     if problem.metric == "cosine":
         return lambda: torch.cdist(F.normalize(rows(), dim=-1), book()).argmin(-1)

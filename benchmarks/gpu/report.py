@@ -82,7 +82,7 @@ def _notes(records: Sequence[Record]) -> str:
     for record in records:
         if record.note and not record.timed:
             place = f"{record.shape} {record.dtype}"
-            places = reasons.setdefault(f"{record.provider}: {record.note}", [])
+            places = reasons.setdefault(f"{record.provider}: {record.note[:110]}", [])
             places += [] if place in places else [place]
     lines = [
         f"  {reason} ({places[0]}{f' and {len(places) - 1} more' if places[1:] else ''})"

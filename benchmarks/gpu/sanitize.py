@@ -1,7 +1,7 @@
 """Few and small calls of every kernel of ours, to run under compute-sanitizer: shapes with tails in
 every direction, strides, a split of K, a row and a code that are not numbers.
 
-`python -m benchmarks.gpu.sanitize [--dry-run]`; results are compared with the reference.
+`python -m benchmarks.gpu.sanitize [--dry-run]`; results are the reference's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def problem(
 
 
 def run(backend: str, kind: str) -> None:
-    """Raises AssertionError where a result is not the reference's within rounding."""
+    """Raises AssertionError where a result is not the reference's; no two codes of this data are
+    so close that rounding decides."""
     for shape in SHAPES:
         for dtype in DTYPES:
             x, codebook = problem(shape, dtype, kind)
@@ -43,7 +44,7 @@ def run(backend: str, kind: str) -> None:
                     expected = vqkernels.nearest_code(x, codebook, metric=metric)
                 differing = int((found != expected).sum())
                 assert found[1] == -1
-                assert differing <= 1, f"{backend} {shape} {dtype} {metric}: {differing} differ"
+                assert differing == 0, f"{backend} {shape} {dtype} {metric}: {differing} differ"
             x, codebook = x.requires_grad_(), codebook.requires_grad_()
             mask = torch.arange(x.shape[0], device=kind) % 3 > 0
             with vqkernels.use_backend(backend):

@@ -1,0 +1,62 @@
+"""Tests for a machine with a GPU: `pytest tests/gpu -m gpu`.
+
+Without one they are skipped. With VQKERNELS_GPU_DRY_RUN=1 the same tests run on CPU tensors and the
+CPU's kernels (the reference where they are not built), so that only the device is new on the day
+there is one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import vqkernels
+from vqkernels import native
+from vqkernels.backends import select
+
+DRY_RUN = os.environ.get("VQKERNELS_GPU_DRY_RUN") == "1"
+_STAND_IN = "cpu" if native.problem is None else "reference"
+BACKENDS = (_STAND_IN,) if DRY_RUN else ("cuda", "triton")
+_HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skipped = pytest.mark.skip(reason="needs a CUDA GPU (`make gpu-check`)")
+    for item in items:
+        if _HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if not DRY_RUN and not torch.cuda.is_available():
+                item.add_marker(skipped)
+
+
+@pytest.fixture
+def device() -> str:
+    return "cpu" if DRY_RUN else "cuda"
+
+
+@pytest.fixture(params=BACKENDS)
+def gpu_backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """Each backend of the GPU, in force during the test."""
+    with vqkernels.use_backend(request.param):
+        x = torch.empty(1, 16, device=device)
+        try:
+            select("nearest_code", x, x)
+        except ValueError as error:
+            pytest.skip(str(error))
+        yield request.param
+
+
+@pytest.fixture
+def only_cuda() -> None:
+    """For what has no counterpart on the CPU."""
+    if DRY_RUN:
+        pytest.skip("the CPU has nothing of the kind")
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
