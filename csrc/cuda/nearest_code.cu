@@ -59,11 +59,12 @@ Plan plan(const NearestCode& problem, const Device& device) {
   const int chunks = (plan.width + kChunk - 1) / kChunk;
   const bool tall = chunks > 2 && chunks <= kResident && problem.x.count > 128 &&
                     shared_bytes<4>(plan.width, 2) <= device.shared_block;
-  plan.warps_m = tall ? 4 : 2;
+  plan.warps_m = problem.block_rows > 0 ? problem.block_rows / 64 : tall ? 4 : 2;
   const int blocks = plan.warps_m == 2 ? 2 : 1;
   const int three =
       plan.warps_m == 2 ? shared_bytes<2>(plan.width, 3) : shared_bytes<4>(plan.width, 3);
   plan.stages = three <= device.shared_block && three * blocks <= device.shared_total ? 3 : 2;
+  if (problem.stages > 0) plan.stages = problem.stages;
 
   plan.tiles = blocks_for(problem.codebook.count, kTileCodes);
   const int rows = blocks_for(problem.x.count, 64 * plan.warps_m) * int(problem.x.books);

@@ -14,7 +14,10 @@ struct NearestCode {
   Labels labels;               // where `indices` has each row's place
   int64_t* indices = nullptr;  // -1 for a row without a code
   int32_t* weighed = nullptr;  // optional, `[books, rows]`: how many codes float64 decided between
-  int splits = 0;              // parts that K is searched in; 0: as many as fill the device
+  // Launch choices; 0 leaves them to the launcher.
+  int splits = 0;      // parts that K is searched in
+  int block_rows = 0;  // 128 or 256
+  int stages = 0;      // 2 or 3
 };
 
 // Writes the index of every row's nearest code.

@@ -4,6 +4,7 @@
 #include <exception>
 #include <string>
 
+#include "../cuda/peak.h"
 #include "../cuda/quantize.h"
 #include "cuda_emulation_core.h"
 
@@ -133,5 +134,13 @@ VQKERNELS_EXPORT emulated_quantize_backward_codebook(const int64_t* device, cons
     problem.order = order;
     problem.grad_codebook = cuda::rows_from(grad_codebook);
     cuda::quantize_backward_codebook(problem, context);
+  });
+}
+
+// Also gives how many multiply-adds ran.
+VQKERNELS_EXPORT emulated_tensor_core_peak(const int64_t* device, int dtype, int repeats,
+                                           float* sink, int64_t* products) {
+  return cuda::run(device, [&](const cuda::Context& context) {
+    *products = cuda::tensor_core_peak(vqkernels::DType(dtype), repeats, sink, context);
   });
 }

@@ -147,6 +147,20 @@ class CudaCalls:
         )
         return grad
 
+    def tensor_core_peak(self, dtype: torch.dtype, repeats: int) -> tuple[Tensor, int]:
+        """What the measuring kernel leaves in its sink, and the multiply-adds it ran."""
+        sink = torch.full((256 * self.device.multiprocessors,), torch.nan)
+        products = ctypes.c_int64(0)
+        self._declare_all([], [sink])
+        self._run(
+            self.library.emulated_tensor_core_peak,
+            _DTYPES[dtype],
+            repeats,
+            _pointer(sink),
+            ctypes.byref(products),
+        )
+        return sink, products.value
+
     def _declare_all(self, given: list[Tensor], written: list[Tensor]) -> None:
         for tensor in given:
             self.declare(tensor, True)

@@ -139,3 +139,14 @@ def test_one_code_is_finite(plain: CudaCalls) -> None:
     codebook[137] = 3e38
     assert (plain.nearest_code(x, codebook) == 137).all()
     exact.assert_nearest(x, codebook, plain.nearest_code(x, codebook))
+
+
+def test_the_ceiling_multiplies(kernels: Emulator) -> None:
+    """Sums grow with each repeat, by numbers that fp32 holds exactly."""
+    calls = CudaCalls(kernels.library, kernels.declare, Device(multiprocessors=2))
+    for dtype in (FP16, BF16):
+        once, products = calls.tensor_core_peak(dtype, 1)
+        thrice, _ = calls.tensor_core_peak(dtype, 3)
+        assert products == 2 * 8 * 16 * 16 * 8 * 16
+        assert (once > 0).all()
+        torch.testing.assert_close(thrice, 3 * once, rtol=1e-5, atol=0)
