@@ -49,12 +49,12 @@ def nearest_code(
 ) -> Tensor:
     """Index of each row's nearest code. PyTorch equivalent: `torch.cdist(x, codebook).argmin(-1)`.
 
-    Exactness, with u = 2^-53 on the CPU backend and u = 2^-24 on Triton, and m = the mean of at
-    most 512 of the codes on the CPU backend for "l2", else 0: the chosen code's squared distance in
-    float64 exceeds the smallest by at most `4 (D + 8) u (|x - m| + max_k |c_k - m|)^2`; for "dot"
-    the similarity falls short by at most `4 (D + 8) u |x| max_k |c_k|`, for "cosine" (times |x|)
-    by `4 (D + 8) u |x|`. (The CPU
-    kernel screens codes in int8 or fp32 and decides every code that the screen's proven bound
+    Exactness, with u = 2^-53 on the CPU and CUDA backends and u = 2^-24 on Triton, and m = the mean
+    of at most 512 of the codes on the CPU backend for "l2", else 0: the chosen code's squared
+    distance in float64 exceeds the smallest by at most
+    `4 (D + 8) u (|x - m| + max_k |c_k - m|)^2`; for "dot" the similarity falls short by at most
+    `4 (D + 8) u |x| max_k |c_k|`, for "cosine" (times |x|) by `4 (D + 8) u |x|`. (The CPU and CUDA
+    kernels screen codes in int8, fp16 or fp32, and decide every code that the screen's proven bound
     leaves in float64.) Bitwise-equal codes give the lowest index. A backend gives the same bits
     whatever the number of threads or the batch that a row came in.
 
