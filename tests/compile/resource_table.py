@@ -174,7 +174,8 @@ def _cell(row: dict[str, str]) -> str:
     name, _, count = row["tensor"].partition(" ")
     short = "" if name == "none" else f" {name.split('.')[0]} {count}"
     spills = f" {row['spills']}s" if row["spills"] != "0" else ""
-    shared = f"{int(row['shared']) / 1024:.3g}K"
+    size = int(row["shared"])
+    shared = f"{size}B" if size < 1024 else f"{size / 1024:.3g}K"
     return f"{row['registers']}r {shared}{spills} {row['occupancy']}{short}"
 
 

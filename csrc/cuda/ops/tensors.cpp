@@ -99,9 +99,6 @@ cudaStream_t current_stream(int32_t device) {
 Grid row_grid(std::vector<Tensor> tensors, bool grouped) {
   const Tensor first = tensors[0];
   const int64_t dims = first.dim(), width = first.size(dims - 1);
-  if (first.numel() / std::max<int64_t>(width, 1) >= kRowLimit) {
-    throw std::invalid_argument("x must have fewer than 2^31 rows, got shape " + shape_of(first));
-  }
   const int64_t group_dim = grouped ? dims - 3 : -1;
   std::vector<int64_t> label_strides(dims, 1);
   for (int64_t dim = dims - 3; dim >= 0; --dim) {
@@ -172,12 +169,15 @@ Tensor zeros(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
   return torch::stable::new_zeros(like, sizes, dtype);
 }
 
-Call::Call(const char* op, const Tensor& on)
-    : op_(op), device_(on.get_device_index()), guard_(device_) {
+Call::Call(const char* op, const Tensor& x)
+    : op_(op), device_(x.get_device_index()), guard_(device_) {
+  if (x.numel() / std::max<int64_t>(x.size(x.dim() - 1), 1) >= kRowLimit) {
+    throw std::invalid_argument("x must have fewer than 2^31 rows, got shape " + shape_of(x));
+  }
   context_.device = device_facts(device_);
   context_.stream = current_stream(device_);
-  context_.allocate = [this, on](int64_t bytes) {
-    scratch_.push_back(empty({bytes}, ScalarType::Byte, on));
+  context_.allocate = [this, x](int64_t bytes) {
+    scratch_.push_back(empty({bytes}, ScalarType::Byte, x));
     return scratch_.back().data_ptr();
   };
 }

@@ -64,12 +64,12 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// One call of an op: while it lives, the tensor's device is the current one and scratch memory
+// One call of an op on rows x: while it lives, x's device is the current one and scratch memory
 // stays allocated. Its kernels go to the current stream, in whose order the allocator hands memory
-// out again.
+// out again. Throws if x has more rows than kernels can number.
 class Call {
  public:
-  Call(const char* op, const Tensor& on);
+  Call(const char* op, const Tensor& x);
   Call(const Call&) = delete;
 
   const Context& context() const { return context_; }

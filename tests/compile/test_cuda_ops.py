@@ -1,0 +1,185 @@
+"""The ops layer of the CUDA object on tensors of the CPU: compiled as for a GPU, over emulated
+kernels. It shows that layouts, groups, masks and empty inputs reach the launchers as they should;
+the kernels themselves are tested in tests/emulated.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from _helpers.builds import ROOT, build_script, compile_with
+from torch import Tensor
+
+from vqkernels.reference import nearest_code as search_reference
+from vqkernels.reference import quantize as quantize_reference
+
+sys.path.append(str(ROOT / "tests/emulated"))
+import emulator
+
+
+@pytest.fixture(scope="module")
+def ops(tmp_path_factory: pytest.TempPathFactory) -> torch._ops._OpNamespace:
+    script = build_script()
+    try:
+        compiler, (includes, _) = script["compiler"](), script["toolkit_paths"](script["nvcc"]())
+        torch_directory = script["torch_directory"]()
+    except script["NativeBuildError"] as error:
+        pytest.skip(str(error))
+    folder = tmp_path_factory.mktemp("ops")
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden", *script["ops_flags"](torch_directory).split()]
+    flags += ["-DUSE_CUDA", "-DVQKERNELS_DISPATCH_KEY=CPU", '-DVQKERNELS_CUDA_TARGETS="none"']
+    flags += [f"-isystem{path}" for path in includes]
+    objects = []
+    sources = [Path(__file__).with_name("cuda_ops_on_cpu.cpp")]
+    for source in (*sources, *sorted((ROOT / "csrc/cuda/ops").glob("*.cpp"))):
+        objects.append(folder / f"{source.stem}.o")
+        compile_with(compiler, *flags, "-c", source, "-o", objects[-1])
+    # Apart from the kernels: in their object, static variables are shared memory to the emulation.
+    emulation, kernels = emulator.FLAGS["plain"]
+    parts = [emulator.compiled(path, emulation) for path in emulator.emulation_sources()]
+    parts += [
+        emulator.compiled(path, [*emulator.OF_KERNELS, *kernels, "-fvisibility=default"])
+        for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    ]
+    launchers, path = folder / "liblaunchers.so", folder / "libcuda_ops_on_cpu.so"
+    linking = ["-shared", "-Wl,-Bsymbolic"]
+    compile_with(compiler, *linking, *parts, "-o", launchers, "-ldl", "-lpthread")
+    libraries = [launchers, f"-Wl,-rpath,{folder}", f"-L{torch_directory / 'lib'}", "-ltorch_cpu"]
+    # -Bsymbolic: its own functions, not those of torch's libraries with the same names.
+    compile_with(compiler, *linking, *objects, *libraries, "-o", path)
+    torch.ops.load_library(str(path))
+    return torch.ops.vqkernels_cuda
+
+
+def features(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.randn(2, 3, 10, 8).to(dtype), torch.randn(40, 8).to(dtype)
+
+
+def channel_first(x: Tensor) -> Tensor:
+    """The same values, columns far apart."""
+    return x.movedim(-1, 1).contiguous().movedim(1, -1)
+
+
+def scattered(x: Tensor) -> Tensor:
+    """The same values in a layout of more than three levels of rows."""
+    wide = torch.zeros(*(2 * size + 1 for size in x.shape), dtype=x.dtype)
+    view = wide[tuple(slice(0, 2 * size, 2) for size in x.shape)]
+    return view.copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channel-first": channel_first,
+    "transposed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "scattered": scattered,
+    "broadcast": lambda x: x[:1, :, :1].expand_as(x),
+    "reversed-dims": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+}
+
+
+def assert_like_the_reference(
+    ops: torch._ops._OpNamespace, x: Tensor, codebook: Tensor, mask: Tensor | None = None
+) -> None:
+    metric = "l2"
+    expected = search_reference.nearest_code(x, codebook, metric=metric)
+    found = ops.nearest_code(x, codebook, metric, "exact", None)
+    assert torch.equal(found, expected)
+    assert found.is_contiguous()
+
+    wanted = quantize_reference.quantize(x, codebook, metric=metric, mask=mask)
+    output = ops.quantize(x, codebook, metric, mask, "straight_through", None)
+    assert torch.equal(output[0], wanted[0])
+    assert output[0].stride() == torch.empty_like(x).stride()
+    for mine, other in zip(output[1:], wanted[1:], strict=True):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other)
+    indices = output[1]
+
+    one = torch.tensor(0.7)
+    grad = torch.randn(x.shape).to(x.dtype)
+    for passed, way in ((grad, "straight_through"), (grad[..., :1].expand_as(x), "none")):
+        mine = ops.quantize_backward_x(passed, one, x, codebook, indices, way)
+        other = quantize_reference.quantize_backward_x(
+            passed, one, x, codebook, indices, gradient=way
+        )
+        assert mine.stride() == torch.empty_like(x).stride()
+        torch.testing.assert_close(mine, other)
+    mine = ops.quantize_backward_codebook(one, x, codebook, indices)
+    other = quantize_reference.quantize_backward_codebook(one, x, codebook, indices)
+    assert mine.is_contiguous()
+    torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(ops: torch._ops._OpNamespace, layout: str, dtype: torch.dtype) -> None:
+    x, codebook = features(dtype)
+    assert_like_the_reference(ops, LAYOUTS[layout](x), codebook)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_with_books(ops: torch._ops._OpNamespace, layout: str) -> None:
+    """The group's dimension stands within those of the rows."""
+    x, _ = features(torch.float32)
+    codebook = torch.randn(8, 20, 3).permute(2, 1, 0)
+    mask = (torch.rand(10, 2, 3) < 0.7).permute(1, 2, 0)
+    assert_like_the_reference(ops, LAYOUTS[layout](x), codebook, mask)
+
+
+def test_a_half_with_a_float32_book(ops: torch._ops._OpNamespace) -> None:
+    x, codebook = features(torch.float32)
+    assert_like_the_reference(ops, x.half(), codebook.t().contiguous().t())
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 10, 8), (0, 3, 10, 8), (1, 8), (1, 1, 1, 8)])
+def test_few_or_no_rows(ops: torch._ops._OpNamespace, shape: tuple[int, ...]) -> None:
+    codebook = torch.randn(40, 8)
+    assert_like_the_reference(ops, torch.randn(shape), codebook)
+
+
+def test_indices_of_other_strides(ops: torch._ops._OpNamespace) -> None:
+    x, codebook = features(torch.float32)
+    indices = search_reference.nearest_code(x, codebook, metric="l2")
+    turned = indices.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    one = torch.tensor(1.0)
+    assert torch.equal(
+        ops.quantize_backward_codebook(one, x, codebook, turned),
+        ops.quantize_backward_codebook(one, x, codebook, indices),
+    )
+    assert torch.equal(
+        ops.quantize_backward_x(None, one, x, codebook, turned, "none"),
+        ops.quantize_backward_x(None, one, x, codebook, indices, "none"),
+    )
+
+
+@pytest.mark.parametrize("metric", ["l2", "dot", "cosine"])
+def test_metrics_and_ways_of_gradients(ops: torch._ops._OpNamespace, metric: str) -> None:
+    x, codebook = features(torch.float32)
+    expected = search_reference.nearest_code(x, codebook, metric=metric)
+    assert torch.equal(ops.nearest_code(x, codebook, metric, "exact", None), expected)
+    for way in ("straight_through", "rotation", "none"):
+        grad = torch.randn_like(x)
+        mine = ops.quantize_backward_x(grad, None, x, codebook, expected, way)
+        other = quantize_reference.quantize_backward_x(
+            grad, None, x, codebook, expected, gradient=way
+        )
+        torch.testing.assert_close(mine, other)
+
+
+def test_too_many_rows_are_refused(ops: torch._ops._OpNamespace) -> None:
+    """Before anything of their size is allocated."""
+    x, codebook = torch.zeros(1, 1, dtype=torch.float16).expand(1 << 31, 1), torch.zeros(2, 1)
+    one, indices = torch.tensor(1.0), torch.zeros(1, dtype=torch.int64).expand(1 << 31)
+    calls = (
+        lambda: ops.nearest_code(x, codebook, "l2", "exact", None),
+        lambda: ops.quantize(x, codebook, "l2", None, "none", None),
+        lambda: ops.quantize_backward_x(None, one, x, codebook, indices, "none"),
+        lambda: ops.quantize_backward_codebook(one, x, codebook, indices),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"fewer than 2\^31 rows, got shape \[2147483648, 1\]"):
+            call()
