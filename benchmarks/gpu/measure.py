@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.case import Check, Provider
+from benchmarks.ceilings import Ceiling
 from benchmarks.records import NAN, Record
 from benchmarks.timing import Budget, Timing
 
@@ -67,14 +68,12 @@ def choose(case: Case, provider: Provider, inputs: Any, device: Device) -> Candi
     return best
 
 
-def measure(
-    case: Case, device: Device, budget: Budget, rates: dict[str, ceilings.Ceiling]
-) -> list[Record]:
+def measure(case: Case, device: Device, budget: Budget, rates: dict[str, Ceiling]) -> list[Record]:
     """Records of every provider in every mode of the case; one that fails or is wrong has a note.
 
     `rates` are the register loops' ceilings, empty where rates.cu could not be built.
     """
-    inputs = case.inputs(device)
+    inputs: Any = case.inputs(device)
     candidates: dict[str, Candidate] = {}
     notes: dict[str, str] = {}
     providers = case.providers(device)
@@ -121,7 +120,7 @@ def measure(
     return records
 
 
-def floor_ms(case: Case, device: Device, rates: dict[str, ceilings.Ceiling]) -> tuple[float, str]:
+def floor_ms(case: Case, device: Device, rates: dict[str, Ceiling]) -> tuple[float, str]:
     """The least time of the case's operations and bytes, and what it was taken from.
 
     Few dimensions: one subtraction and one minimum a score, whatever multiplies. Else the matrix
@@ -175,7 +174,7 @@ def _checked(check: Check | None) -> dict[str, Any]:
     return {} if check is None else {"checked": check.checked, "mismatches": check.mismatches}
 
 
-def ceiling_records(found: list[ceilings.Ceiling], device: Device) -> list[Record]:
+def ceiling_records(found: list[Ceiling], device: Device) -> list[Record]:
     """The ceilings as records: `note` holds the rate."""
     return [
         Record(
