@@ -56,7 +56,7 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> torch._ops._OpNamespace:
 
 
 def features(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.randn(2, 3, 10, 8).to(dtype), torch.randn(40, 8).to(dtype)
+    return torch.randn(2, 2, 2, 3, 5, 8).to(dtype), torch.randn(40, 8).to(dtype)
 
 
 def channel_first(x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def channel_first(x: Tensor) -> Tensor:
 
 
 def scattered(x: Tensor) -> Tensor:
-    """The same values in a layout of more than three levels of rows."""
+    """The same values where no two dimensions lie evenly: too many levels for a row grid."""
     wide = torch.zeros(*(2 * size + 1 for size in x.shape), dtype=x.dtype)
     view = wide[tuple(slice(0, 2 * size, 2) for size in x.shape)]
     return view.copy_(x)
@@ -77,7 +77,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
     "scattered": scattered,
     "broadcast": lambda x: x[:1, :, :1].expand_as(x),
-    "reversed-dims": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "reversed": lambda x: x.permute(5, 4, 3, 2, 1, 0).contiguous().permute(5, 4, 3, 2, 1, 0),
 }
 
 
@@ -126,7 +126,7 @@ def test_layouts_with_books(ops: torch._ops._OpNamespace, layout: str) -> None:
     """The group's dimension stands within those of the rows."""
     x, _ = features(torch.float32)
     codebook = torch.randn(8, 20, 3).permute(2, 1, 0)
-    mask = (torch.rand(10, 2, 3) < 0.7).permute(1, 2, 0)
+    mask = (torch.rand(5, 2, 2, 2, 3) < 0.7).permute(1, 2, 3, 4, 0)
     assert_like_the_reference(ops, LAYOUTS[layout](x), codebook, mask)
 
 
@@ -144,7 +144,7 @@ def test_few_or_no_rows(ops: torch._ops._OpNamespace, shape: tuple[int, ...]) ->
 def test_indices_of_other_strides(ops: torch._ops._OpNamespace) -> None:
     x, codebook = features(torch.float32)
     indices = search_reference.nearest_code(x, codebook, metric="l2")
-    turned = indices.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    turned = indices.transpose(0, -1).contiguous().transpose(0, -1)
     one = torch.tensor(1.0)
     assert torch.equal(
         ops.quantize_backward_codebook(one, x, codebook, turned),
