@@ -133,6 +133,37 @@ def test_a_set_that_is_not_there_is_said() -> None:
     assert "NO NATIVE KERNELS" in done.stdout
 
 
+def test_cuda_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.version.cuda is None:
+        expected = "not in use: this torch was built without CUDA"
+        assert value(info.report(), "CUDA status") == expected
+        assert "last CUDA build" not in info.report()
+    monkeypatch.setattr(native, "cuda_problem", "no CUDA kernels were built (planted)")
+    monkeypatch.setattr(native, "last_build", lambda: {"cuda_problem": "nvcc was not found"})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    report = info.report()
+    assert value(report, "CUDA status") == "not in use: no CUDA kernels were built (planted)"
+    assert value(report, "last CUDA build") == "nvcc was not found"
+    assert "built for" not in report
+    monkeypatch.setattr(native, "cuda_problem", None)
+    monkeypatch.setattr(native, "cuda_targets", "80+PTX 90a")
+    report = info.report()
+    assert value(report, "CUDA status") == "in use"
+    assert value(report, "built for") == "80+PTX 90a"
+
+
+@needs_native
+def test_the_ops_object_knows_the_processor() -> None:
+    """What it says agrees with what torch says of the same processor."""
+    said, features = native.capabilities(), torch.cpu.get_capabilities()
+    assert said["portable"]
+    assert said[native.capability() or ""]
+    if platform.machine() == "x86_64":
+        assert list(said) == ["avx512_vnni_bf16", "avx512", "avx2", "portable"]
+        assert said["avx2"] == (features["avx2"] and features["fma3"])
+        assert said["avx512"] == (said["avx2"] and features["avx512_bw"] and features["avx512_vl"])
+
+
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         assert torch.cuda.get_device_name(0) in value(info.report(), "cuda:0")
