@@ -45,7 +45,7 @@ class Stage:
 
 
 def stages(dry: bool) -> tuple[Stage, ...]:
-    from .gpu.cases import CASES, FP32, HALF, QUANTIZER, SMALL
+    from .gpu.cases import CASES, FP32, HALF, LAUNCHES, QUANTIZER, SMALL
     from .gpu.worker import SANITIZERS, test_items
 
     def cases(stage: str) -> tuple[str, ...]:
@@ -61,6 +61,7 @@ def stages(dry: bool) -> tuple[Stage, ...]:
         Stage(HALF, "nearest_code, fp16 and bf16", cases(HALF), 150),
         Stage(FP32, "nearest_code, fp32", cases(FP32), 150),
         Stage(SMALL, "nearest_code, D <= 16", cases(SMALL), 150),
+        Stage(LAUNCHES, "the CUDA search, launched in every way", cases(LAUNCHES), 120),
         Stage(QUANTIZER, "quantize with gradients, a training step", cases(QUANTIZER), 150),
         Stage("report", "the table", (), 0),
     )

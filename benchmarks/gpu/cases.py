@@ -30,13 +30,14 @@ from benchmarks.checks import check_indices
 from benchmarks.shapes import CodebookShape, codebook_shape
 
 from .device import Device, our_backends
-from .peers import Lookup, ours, peers, rounds_scores
+from .peers import Lookup, launched, ours, peers, rounds_scores
 from .timing import COLD, WARM
 
-HALF, FP32, SMALL, QUANTIZER = (
+HALF, FP32, SMALL, LAUNCHES, QUANTIZER = (
     "bench-codebook-half",
     "bench-codebook-fp32",
     "bench-codebook-small",
+    "bench-launches",
     "bench-quantizer",
 )
 STEP = "training step"
@@ -122,6 +123,23 @@ class LookupCase:
 
 
 @dataclass(frozen=True)
+class LaunchCase(LookupCase):
+    """The CUDA search with every choice of its launch, beside what it chooses itself."""
+
+    op: str = "nearest_code launches"
+    modes: tuple[str, ...] = (WARM,)
+
+    @property
+    def key(self) -> str:
+        return f"launches {super().key}"
+
+    def providers(self, device: Device) -> tuple[Provider, ...]:
+        mine = tuple(map(ours, our_backends(device.dry)))
+        choices = [(rows, stages) for rows in (128, 256) for stages in (2, 3)]
+        return mine + tuple(launched(rows, stages) for rows, stages in choices)
+
+
+@dataclass(frozen=True)
 class StepCase:
     """One training step of a VectorQuantize layer, ours against the peer's."""
 
@@ -179,7 +197,9 @@ class StepCase:
         def bind(layer: Callable[[Step], nn.Module]) -> Callable[[Step], Callable[[], Any]]:
             return lambda step: bind_step(layer(step).to(device.kind), step)
 
-        chosen = vqkernels.explain("quantize", torch.empty(0, device=device.kind)).backend
+        x = torch.empty(self.row.tokens, self.row.dim, device=device.kind)
+        book = torch.empty(self.row.codebook_size, self.row.dim, device=device.kind)
+        chosen = vqkernels.explain("quantize", x, book).backend
         mine = Provider(OURS, (Variant(f"automatic: {chosen}", bind(our_layer)),))
         return mine, Provider(PEER, (Variant("", bind(peer_layer)),))
 
@@ -316,6 +336,13 @@ def _lookups() -> list[Case]:
         LookupCase(SMALL, shape("emu3"), "float32"),
         LookupCase(SMALL, shape("dac-44k"), "float32"),
         LookupCase(SMALL, shape("best-rq"), "float32"),
+        LaunchCase(LAUNCHES, _target(256, 1024), "float16"),
+        LaunchCase(LAUNCHES, _target(256, 16384), "float16"),
+        LaunchCase(LAUNCHES, _target(64, 1024), "float16"),
+        LaunchCase(LAUNCHES, _target(64, 16384), "float16"),
+        LaunchCase(LAUNCHES, _target(256, 16384), "float32"),
+        LaunchCase(LAUNCHES, _target(64, 16384), "float32"),
+        LaunchCase(LAUNCHES, _target(8, 16384), "float32"),
         QuantizeCase(QUANTIZER, _target(256, 1024), "float32"),
         QuantizeCase(QUANTIZER, _target(256, 1024), "bfloat16"),
         QuantizeCase(QUANTIZER, _target(8, 16384), "float32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,9 +19,8 @@ MATMUL_SIZE, DRY_MATMUL_SIZE = 8192, 64
 COPY_BYTES, DRY_COPY_BYTES = 2**30, 2**20
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 RATES = {
-    "mma.sync": (0, "m16n8k16", "float16", "FLOP/s"),
-    "epilogue": (1, "subtraction + minimum", "float32", "scores/s"),
-    "fma": (2, "registers", "float32", "FLOP/s"),
+    "epilogue": (0, "subtraction + minimum", "float32", "scores/s"),
+    "fma": (1, "registers", "float32", "FLOP/s"),
 }
 
 
@@ -43,6 +43,14 @@ def matmul(device: Device, dtype: torch.dtype, repeats: int = 10) -> Ceiling:
     return Ceiling("matmul", f"{size}^3", name, 2.0 * size**3 / min(seconds), "FLOP/s", seconds)
 
 
+def mma_sync(dtype: torch.dtype) -> Ceiling:
+    """The instruction of the CUDA search; RuntimeError without the CUDA object."""
+    from vqkernels import cuda
+
+    name = str(dtype).removeprefix("torch.")
+    return Ceiling("mma.sync", "m16n8k16", name, cuda.tensor_core_peak(dtype=dtype), "FLOP/s", ())
+
+
 def _seconds(device: Device, call: Call, repeats: int) -> tuple[float, ...]:
     for _ in range(3):
         call()
@@ -54,7 +62,8 @@ def compile_rates(directory: Path, capability: str) -> tuple[Path | None, str]:
     library = directory / f"rates_sm{capability}.so"
     if library.exists() and library.stat().st_mtime > SOURCE.stat().st_mtime:
         return library, ""
-    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which(f"{home}/bin/nvcc")
     if nvcc is None:
         return None, "nvcc was not found"
     directory.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,21 @@ def ours(backend: str) -> Provider:
     return Provider(f"{OURS}-{backend}", (Variant("", bind),))
 
 
+def launched(block_rows: int, stages: int) -> Provider:
+    """Our CUDA search with these choices of its launch."""
+
+    def bind(problem: Lookup) -> Call:
+        from vqkernels import cuda
+
+        x, codebook, metric = problem.x, problem.codebook, problem.metric
+        return lambda: cuda.nearest_code(
+            x, codebook, metric=metric, block_rows=block_rows, stages=stages
+        )
+
+    name = f"cuda, {block_rows} rows, {stages} stages"
+    return Provider(name, (Variant("", bind),))
+
+
 def peers(metric: str, *, half: bool, compiled: bool) -> tuple[Provider, ...]:
     """Every peer; one that cannot take the problem fails when it is bound or first called.
 

@@ -116,22 +116,19 @@ def _versus_flash(dim: int, codebook_size: int) -> Callable[[list[Row]], Seen | 
     return worst
 
 
-def rate_of(rows: list[Row], name: str) -> float | None:
+def rate_of(rows: list[Row], name: str, dtype: str) -> float | None:
     """A ceiling's operations a second, as its record's note holds them."""
     for row in rows:
-        if row[0].op == "ceiling" and row[0].name == name:
+        if (row[0].op, row[0].name, row[0].dtype) == ("ceiling", name, dtype):
             return 1e9 * float(row[0].note.split()[0])
     return None
 
 
 def _share_of_mma(rows: list[Row]) -> Seen | None:
-    rate = rate_of(rows, "mma.sync")
-    if rate is None:
-        return None
-
     def share(row: Row) -> Seen | None:
         cuda = timed(row, f"{OURS}-cuda")
-        if cuda is None or not _is_target(row[0], _HALVES):
+        rate = rate_of(rows, "mma.sync", row[0].dtype)
+        if cuda is None or rate is None or not _is_target(row[0], _HALVES):
             return None
         n = sizes(cuda)
         reached = 2.0 * n["N"] * n["D"] * n["K"] / (1e-3 * cuda.ms_p50)

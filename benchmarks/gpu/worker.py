@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "gpu"
 RATES = ROOT / "build" / "gpu-check"
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
+HALVES = (torch.float16, torch.bfloat16)
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 DRY_RUN = "VQKERNELS_GPU_DRY_RUN"
 
@@ -158,12 +159,18 @@ def machine_ceilings(item: str, dry: bool) -> Outcome:
     device = open_device(dry)
     found = [ceilings.copy(device)]
     found += [ceilings.matmul(device, dtype) for dtype in ceilings.DTYPES]
+    missing = []
     registers, why = _register_rates(dry)
     found += registers.values()
+    missing += [f"epilogue and fma: {why}"] if why else []
+    try:
+        found += map(ceilings.mma_sync, HALVES)
+    except RuntimeError as error:
+        missing.append(f"mma.sync: {error}")
     for ceiling in found:
         rate = f"{ceiling.rate / 1e9:.6g} G{ceiling.unit}"
         print(f"{ceiling.name} {ceiling.dtype} ({ceiling.shape}): {rate}", flush=True)
-    note = "" if not why else f"no mma.sync, epilogue and fma ceilings: {why}"
+    note = "without " + "; ".join(missing) if missing else ""
     return Outcome(DONE, note, measure.ceiling_records(found, device))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from _helpers.data import KINDS, generator, make
@@ -194,3 +196,35 @@ def test_large_books_in_splits(gpu_backend, device):
     assert (indices < 1000).all()
     assert torch.equal(indices, nearest_code(x, codebook))
     assert_nearest(x, book, indices)
+
+
+@pytest.mark.parametrize("dtypes", ["float32", "float16"])
+@pytest.mark.parametrize("dim", [8, 64, 256])
+def test_every_launch_of_the_cuda_search(device, only_cuda, dim, dtypes):
+    """The choices that `vqkernels.cuda` offers change nothing but the time."""
+    from vqkernels import cuda, native
+
+    if native.cuda_problem is not None:
+        pytest.skip(native.cuda_problem)
+    x, codebook = problem(device, 700, 3000, dim, dtypes)
+    served = 0
+    for splits, block_rows, stages in itertools.product((0, 1, 3), (0, 128, 256), (0, 2, 3)):
+        choices = {"splits": splits, "block_rows": block_rows, "stages": stages}
+        try:
+            found = cuda.nearest_code(x, codebook, **choices)
+        except RuntimeError as error:  # more shared memory than this GPU has
+            assert max(block_rows, stages) > 0, error
+            continue
+        assert_nearest(x, codebook, found)
+        served += 1
+    assert served >= 6
+
+
+def test_the_ceiling_is_plausible(device, only_cuda):
+    from vqkernels import cuda, native
+
+    if native.cuda_problem is not None:
+        pytest.skip(native.cuda_problem)
+    for dtype in (torch.float16, torch.bfloat16):
+        rate = cuda.tensor_core_peak(device, dtype)
+        assert 1e13 < rate < 1e16
