@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from cuda_calls import CudaCalls
 from emulator import KERNELS, SELFTEST, Emulator, modes
 
 
@@ -31,26 +32,14 @@ def kernels(_kernels: Emulator) -> Iterator[Emulator]:
     _kernels.forget()
 
 
-_ops: dict[str, Emulator] = {}
-
-
-def _of_mode(mode: str) -> Iterator[Emulator]:
-    if mode not in _ops:
-        _ops[mode] = Emulator(mode)
-    emulator = _ops[mode]
-    emulator.set_order("forward")
-    yield emulator
-    emulator.forget()
-
-
-@pytest.fixture(params=modes())
-def ops(request: pytest.FixtureRequest) -> Iterator[Emulator]:
-    """The launchers of csrc/cuda, in each build that this process can load."""
-    yield from _of_mode(request.param)
+@pytest.fixture(scope="session")
+def _fastest() -> Emulator:
+    return Emulator(modes()[0], KERNELS)
 
 
 @pytest.fixture
-def plain() -> Iterator[CudaCalls]:
+def plain(_fastest: Emulator) -> Iterator[CudaCalls]:
     """The launchers in the fastest build: for many calls that ask for results only."""
-    for emulator in _of_mode(modes()[0]):
-        yield CudaCalls(emulator.library, emulator.declare)
+    _fastest.set_order("forward")
+    yield CudaCalls(_fastest.library, _fastest.declare)
+    _fastest.forget()
