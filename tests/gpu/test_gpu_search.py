@@ -212,8 +212,9 @@ def test_every_launch_of_the_cuda_search(device, only_cuda, dim, dtypes):
         choices = {"splits": splits, "block_rows": block_rows, "stages": stages}
         try:
             found = cuda.nearest_code(x, codebook, **choices)
-        except RuntimeError as error:  # more shared memory than this GPU has
-            assert max(block_rows, stages) > 0, error
+        except RuntimeError:  # more shared memory than this GPU has, which a choice may ask for
+            if block_rows == stages == 0:
+                raise
             continue
         assert_nearest(x, codebook, found)
         served += 1
