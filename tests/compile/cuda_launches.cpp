@@ -14,6 +14,7 @@
 #include <string>
 
 #include "nearest_code.h"
+#include "peak.h"
 #include "quantize.h"
 
 namespace {
@@ -155,6 +156,8 @@ int run(char** arguments) {
     problem.keys = nowhere<int32_t>();
     problem.order = nowhere<int64_t>();
     quantize_backward_codebook(problem, context);
+  } else if (op == "tensor_core_peak") {
+    tensor_core_peak(x.dtype, 1, nowhere<float>(), context);
   } else {
     std::fprintf(stderr, "no op %s\n", op.c_str());
     return 1;

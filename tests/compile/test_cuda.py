@@ -25,6 +25,7 @@ from resource_table import MULTIPROCESSORS, TABLE, Needs, capability_of
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OPS = ("nearest_code", "quantize", "quantize_backward_x", "quantize_backward_codebook")
 ROWS, CODES = 1 << 17, 1 << 14
+_WITH_PRODUCTS = ("search_tiles", "products")
 _SHORT = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
 _DTYPES = (
     ("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("fp16", "fp32"), ("bf16", "fp32"),
@@ -62,6 +63,8 @@ def calls() -> Iterator[Call]:
             yield Call("nearest_code", x, book, dim)
         yield Call("nearest_code", x, book, 256, rows=128)
     yield Call("nearest_code", "fp32", "fp32", 8)
+    for x, book in _DTYPES[1:3]:
+        yield Call("tensor_core_peak", x, book, 64)
     for op in OPS[1:]:
         for x, book in _DTYPES:
             for dim in (64, 7):
@@ -198,7 +201,7 @@ def test_kernels_stay_within_their_means(
                 threads,
             )
             try:
-                assert (tensor != "none") == (kernel == "search_tiles"), "tensor-core instructions"
+                assert (tensor != "none") == (kernel in _WITH_PRODUCTS), "tensor-core instructions"
                 assert not any(loop["LDL"] + loop["STL"] for loop in code.loops), "spills in a loop"
             except AssertionError as error:
                 wrong.append(f"{' '.join(key)}: {error}")
