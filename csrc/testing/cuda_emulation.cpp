@@ -1,7 +1,4 @@
-// Blocks, threads as fibers, barriers and collectives.
-#include <sys/mman.h>
-#include <unistd.h>
-
+// Launches, the order of threads, faults, and what tests set.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -11,22 +8,13 @@
 #include "cuda_emulation_core.h"
 #include "cuda_emulation_engine.h"
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
-
-extern "C" void __asan_unpoison_memory_region(const volatile void*, size_t) __attribute__((weak));
-
 namespace emulation {
 
 Builtins builtins;
 Engine engine;
-Stacks stacks;
 
 namespace {
 
-constexpr size_t stack_bytes = 256 << 10;
-constexpr int most_threads = 1024;
 constexpr size_t most_shared_bytes = 227 << 10;  // of a block on the devices with the most
 
 struct Disabled {
@@ -43,118 +31,22 @@ struct Scheduler {
   Order order = Order::forward;
   uint64_t seed = 0, random = 0;
   std::vector<int> sequence;
-  void* stack_pointer = nullptr;
   void (*call)(void*) = nullptr;
   void* argument = nullptr;
   std::string fault;  // empty: none yet
   std::string kept;
-  int arrived = 0, exited = 0;
-  int votes = 0, decided = 0;  // of the barrier that fills, of the one passed last
   std::vector<Disabled> disabled;
   int64_t times_disabled = 0;
   std::vector<Reached> reached;
-#if !defined(__x86_64__)
-  ucontext_t context;
-  std::vector<ucontext_t> contexts;
-#endif
 };
 Scheduler scheduler;
 
-Thread& self() { return engine.threads[engine.current]; }
-
-// Fibers ----------------------------------------------------------------------------------------
-
-void run_thread();
-
-#if defined(__x86_64__)
-
-extern "C" void emulation_switch(void** save, void* load) __attribute__((visibility("hidden")));
-asm(R"(
-.text
-.hidden emulation_switch
-.globl emulation_switch
-.type emulation_switch, @function
-emulation_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size emulation_switch, .-emulation_switch
-)");
-
-void prepare_stack(int index, unsigned char* end) {
-  void** top = reinterpret_cast<void**>(end);
-  top[-1] = nullptr;  // a return address for run_thread, which never returns
-  top[-2] = reinterpret_cast<void*>(&run_thread);
-  for (int saved = 3; saved <= 8; ++saved) top[-saved] = nullptr;
-  engine.threads[index].stack_pointer = top - 8;
-}
-
-void enter(int index) {
-  emulation_switch(&scheduler.stack_pointer, engine.threads[index].stack_pointer);
-}
-
-void leave(int index) {
-  emulation_switch(&engine.threads[index].stack_pointer, scheduler.stack_pointer);
-}
-
-#else
-
-void prepare_stack(int index, unsigned char* end) {
-  scheduler.contexts.resize(most_threads);
-  ucontext_t& context = scheduler.contexts[index];
-  getcontext(&context);
-  context.uc_stack.ss_sp = end - stack_bytes;
-  context.uc_stack.ss_size = stack_bytes;
-  context.uc_link = nullptr;
-  makecontext(&context, run_thread, 0);
-}
-
-void enter(int index) { swapcontext(&scheduler.context, &scheduler.contexts[index]); }
-void leave(int index) { swapcontext(&scheduler.contexts[index], &scheduler.context); }
-
-#endif
-
-// One stack a thread, each above a page that must not be touched.
-void allocate_stacks() {
-  if (stacks.begin != nullptr) return;
-  const size_t page = size_t(sysconf(_SC_PAGESIZE)), stride = stack_bytes + page;
-  void* memory = mmap(nullptr, stride * most_threads, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("no memory for the threads' stacks");
-  stacks.begin = static_cast<unsigned char*>(memory);
-  stacks.end = stacks.begin + stride * most_threads;
-  for (int index = 0; index < most_threads; ++index) {
-    mprotect(stacks.begin + stride * index, page, PROT_NONE);
-  }
-  engine.threads.resize(most_threads);
-}
-
-unsigned char* stack_end(int index) {
-  const size_t stride = size_t(stacks.end - stacks.begin) / most_threads;
-  return stacks.begin + stride * (index + 1);
-}
-
-// Ends the turn of the running thread.
-void wait() { leave(engine.current); }
-
 void run_thread() {
   scheduler.call(scheduler.argument);
-  Thread& thread = self();
+  Thread& thread = engine.threads[engine.current];
   thread.state = State::exited;
-  ++scheduler.exited;
-  if (scheduler.arrived > 0) {
+  ++engine.exited;
+  if (engine.arrived > 0) {
     const Thread& waiting =
         *std::find_if(engine.threads.begin(), engine.threads.begin() + engine.count,
                       [](const Thread& other) { return other.state == State::barrier; });
@@ -163,7 +55,7 @@ void run_thread() {
               waiting.waits,
           {waiting.site, nullptr});
   }
-  wait();
+  leave(engine.current);
 }
 
 // Faults ----------------------------------------------------------------------------------------
@@ -173,65 +65,7 @@ std::string file_name(const char* path) {
   return slash == nullptr ? path : slash + 1;
 }
 
-std::string lane_list(uint32_t lanes) {
-  std::string list;
-  for (int lane = 0; lane < 32; ++lane) {
-    if (lanes >> lane & 1) list += (list.empty() ? "" : ", ") + std::to_string(lane);
-  }
-  return list;
-}
-
-// The lanes that a collective of `thread` waits for, by where they are.
-struct Missing {
-  uint32_t gone = 0, elsewhere = 0;
-  const Thread* other = nullptr;  // one of those elsewhere, in a block's barrier if any is
-};
-
-Missing missing_lanes(int index) {
-  const Thread& thread = engine.threads[index];
-  Missing missing;
-  for (int lane = 0; lane < 32; ++lane) {
-    if (!(thread.mask >> lane & 1)) continue;
-    const Thread& peer = engine.threads[index / 32 * 32 + lane];
-    const bool here = peer.state == State::collective && peer.mask == thread.mask &&
-                      peer.site.line == thread.site.line;
-    if (here) continue;
-    (peer.state == State::exited ? missing.gone : missing.elsewhere) |= 1u << lane;
-    if (peer.state == State::exited) continue;
-    if (missing.other == nullptr || peer.state == State::barrier) missing.other = &peer;
-  }
-  return missing;
-}
-
-// Why nothing can run: called when every thread waits or has left. Lanes that wait for each other
-// in collectives are a deadlock; others can never come.
-void explain_standstill() {
-  int deadlocked = -1;
-  for (int index = 0; index < engine.count; ++index) {
-    const Thread& thread = engine.threads[index];
-    if (thread.state != State::collective) continue;
-    const Missing missing = missing_lanes(index);
-    if (missing.gone == 0 && missing.other->state == State::collective) {
-      if (deadlocked < 0) deadlocked = index;
-      continue;
-    }
-    std::string what = std::string("collective with missing lanes: ") + thread.waits + " names";
-    if (missing.gone != 0) what += " lanes " + lane_list(missing.gone) + " that left the kernel";
-    if (missing.elsewhere != 0) {
-      what += std::string(missing.gone != 0 ? " and" : "") + " lanes " +
-              lane_list(missing.elsewhere) + " that wait elsewhere, one in " +
-              missing.other->waits + " at " + text(Where{missing.other->site, nullptr});
-    }
-    return fault(what, {thread.site, nullptr}, index);
-  }
-  if (deadlocked < 0) return fault("deadlock: no thread can run", {{"unknown", 0}, nullptr}, 0);
-  const Thread& thread = engine.threads[deadlocked];
-  const Missing missing = missing_lanes(deadlocked);
-  fault(std::string("deadlock: ") + thread.waits + " waits for lanes " +
-            lane_list(missing.elsewhere) + ", one of which waits in " + missing.other->waits +
-            " at " + text(Where{missing.other->site, nullptr}),
-        {thread.site, nullptr}, deadlocked);
-}
+}  // namespace
 
 bool is_disabled(Site site) {
   auto known =
@@ -266,10 +100,12 @@ void shuffle_sequence() {
   }
 }
 
+namespace {
+
 void run_block(uint3 block) {
   const dim3 size = engine.configuration->block;
   builtins.block = block;
-  scheduler.arrived = scheduler.exited = scheduler.votes = 0;
+  engine.arrived = engine.exited = engine.votes = 0;
   for (int index = 0; index < engine.count; ++index) {
     Thread& thread = engine.threads[index];
     thread.state = State::ready;
@@ -277,11 +113,11 @@ void run_block(uint3 block) {
                     unsigned(index) / (size.x * size.y)};
     thread.open.clear();
     thread.groups.clear();
-    prepare_stack(index, stack_end(index));
+    prepare_stack(index, run_thread);
   }
   memory_begin_block(engine.shared_begin, engine.configuration->shared_bytes);
   shuffle_sequence();
-  while (scheduler.exited < engine.count) {
+  while (engine.exited < engine.count) {
     bool ran = false;
     for (int place = 0; place < engine.count; ++place) {
       const int index = scheduler.sequence[place];
@@ -327,12 +163,14 @@ void fault(const std::string& what, Where where, int thread) {
   scheduler.fault = what + "\n  at " + text(where) + " in kernel " + engine.configuration->name +
                     ", block " + text(builtins.block);
   if (thread >= 0) scheduler.fault += ", thread " + text(engine.threads[thread].index);
-  if (engine.current >= 0) wait();  // the block ends here: nobody resumes this thread
+  if (engine.current >= 0)
+    leave(engine.current);  // the block ends here: nobody resumes this thread
 }
 
 void launch(const Configuration& configuration, void (*call)(void*), void* argument) {
   check_configuration(configuration);
   allocate_stacks();
+  engine.threads.resize(most_threads);
   engine.configuration = &configuration;
   engine.count = int(configuration.block.x * configuration.block.y * configuration.block.z);
   // Allocated anew and no larger than asked for, so that AddressSanitizer knows its end.
@@ -358,12 +196,7 @@ void launch(const Configuration& configuration, void (*call)(void*), void* argum
     }
   }
   memory_end_launch();
-  if (!scheduler.fault.empty() && __asan_unpoison_memory_region != nullptr) {
-    // Threads that never return leave their frames' guards behind.
-    for (int index = 0; index < engine.count; ++index) {
-      __asan_unpoison_memory_region(stack_end(index) - stack_bytes, stack_bytes);
-    }
-  }
+  if (!scheduler.fault.empty()) forget_frames(engine.count);
   std::free(shared);
   engine.shared_begin = nullptr;
   engine.configuration = nullptr;
@@ -371,201 +204,6 @@ void launch(const Configuration& configuration, void (*call)(void*), void* argum
 }
 
 void* dynamic_shared() { return engine.shared_begin; }
-
-int barrier(Vote vote, bool predicate, Site site) {
-  if (is_disabled(site)) return predicate;
-  constexpr const char* names[] = {"__syncthreads", "__syncthreads_and", "__syncthreads_or",
-                                   "__syncthreads_count"};
-  Thread& thread = self();
-  thread.waits = names[int(vote)];
-  thread.site = site;
-  if (scheduler.exited > 0) {
-    fault(std::string("barrier with exited threads: ") + std::to_string(scheduler.exited) +
-              " threads of the block have left the kernel before this " + thread.waits,
-          {site, nullptr});
-  }
-  if (scheduler.arrived > 0) {
-    for (int index = 0; index < engine.count; ++index) {
-      const Thread& other = engine.threads[index];
-      if (other.state != State::barrier) continue;
-      if (other.site.line != site.line || std::strcmp(other.site.file, site.file) != 0) {
-        fault(std::string("divergent barrier: this thread waits in ") + thread.waits + ", thread " +
-                  text(other.index) + " waits in " + other.waits + " at " +
-                  text(Where{other.site, nullptr}),
-              {site, nullptr});
-      }
-      break;
-    }
-  }
-  scheduler.votes += predicate;
-  if (++scheduler.arrived < engine.count) {
-    thread.state = State::barrier;
-    wait();
-  } else {
-    scheduler.decided = scheduler.votes;
-    scheduler.arrived = scheduler.votes = 0;
-    for (int index = 0; index < engine.count; ++index) engine.threads[index].state = State::ready;
-    memory_barrier();
-    shuffle_sequence();
-  }
-  if (vote == Vote::all) return scheduler.decided == engine.count;
-  if (vote == Vote::any) return scheduler.decided > 0;
-  return scheduler.decided;
-}
-
-void collective(const char* name, uint32_t mask, void* brought, Work work, Site site) {
-  Thread& thread = self();
-  const int lane = engine.current % 32, first = engine.current - lane;
-  if (!(mask >> lane & 1)) {
-    fault(std::string("collective with missing lanes: ") + name + " is called by lane " +
-              std::to_string(lane) + ", which its mask leaves out",
-          {site, nullptr});
-  }
-  thread.waits = name;
-  thread.site = site;
-  thread.mask = mask;
-  thread.brought = brought;
-  bool complete = true;
-  for (int peer = 0; peer < 32; ++peer) {
-    if (!(mask >> peer & 1) || peer == lane) continue;
-    const Thread* other = first + peer < engine.count ? &engine.threads[first + peer] : nullptr;
-    if (other == nullptr || other->state == State::exited) {
-      fault(std::string("collective with missing lanes: ") + name + " names lane " +
-                std::to_string(peer) +
-                (other == nullptr ? ", which the block does not have"
-                                  : ", which has left the kernel"),
-            {site, nullptr});
-    }
-    const bool waits = other->state == State::collective && other->mask == mask;
-    if (waits && (other->site.line != site.line || std::strcmp(other->waits, name) != 0)) {
-      fault(std::string("collective with missing lanes: ") + name + " names lane " +
-                std::to_string(peer) + ", which waits in " + other->waits + " at " +
-                text(Where{other->site, nullptr}),
-            {site, nullptr});
-    }
-    complete &= waits;
-  }
-  if (!complete) {
-    thread.state = State::collective;
-    return wait();
-  }
-  void* lanes[32] = {};
-  for (int peer = 0; peer < 32; ++peer) {
-    if (!(mask >> peer & 1)) continue;
-    lanes[peer] = engine.threads[first + peer].brought;
-    engine.threads[first + peer].state = State::ready;
-  }
-  work(lanes, first, site);
-}
-
-void warp_barrier(uint32_t mask, Site site) {
-  if (is_disabled(site)) return;
-  uint32_t brought = mask;
-  collective(
-      "__syncwarp", mask, &brought,
-      [](void* const(&lanes)[32], int first, Site) {
-        const uint32_t* mask = nullptr;
-        for (void* lane : lanes) mask = lane != nullptr ? static_cast<uint32_t*>(lane) : mask;
-        memory_warp_barrier(first, *mask);
-      },
-      site);
-}
-
-uint32_t ballot(const char* name, uint32_t mask, bool predicate, Site site) {
-  uint32_t brought = predicate;
-  collective(
-      name, mask, &brought,
-      [](void* const(&lanes)[32], int, Site) {
-        uint32_t votes = 0;
-        for (int lane = 0; lane < 32; ++lane) {
-          if (lanes[lane] != nullptr) votes |= *static_cast<uint32_t*>(lanes[lane]) << lane;
-        }
-        for (void* lane : lanes) {
-          if (lane != nullptr) *static_cast<uint32_t*>(lane) = votes;
-        }
-      },
-      site);
-  return brought;
-}
-
-namespace {
-
-struct Shuffled {
-  Shuffle mode;
-  uint64_t bits, received;
-  int operand, width;
-};
-
-int source_lane(const Shuffled& asked, int lane) {
-  const int first = lane & ~(asked.width - 1), last = first + asked.width - 1;
-  int source = lane;
-  if (asked.mode == Shuffle::index) return first + (asked.operand & (asked.width - 1));
-  if (asked.mode == Shuffle::up) source = lane - asked.operand;
-  if (asked.mode == Shuffle::down) source = lane + asked.operand;
-  if (asked.mode == Shuffle::exclusive_or) source = lane ^ asked.operand;
-  const bool below = asked.mode == Shuffle::up && source < first;
-  return below || source > last ? lane : source;
-}
-
-}  // namespace
-
-uint64_t shuffle(Shuffle mode, uint32_t mask, uint64_t bits, int operand, int width, Site site) {
-  Shuffled brought{mode, bits, 0, operand, width};
-  collective(
-      "__shfl_sync", mask, &brought,
-      [](void* const(&lanes)[32], int first, Site site) {
-        for (int lane = 0; lane < 32; ++lane) {
-          if (lanes[lane] == nullptr) continue;
-          Shuffled& asked = *static_cast<Shuffled*>(lanes[lane]);
-          const int source = source_lane(asked, lane);
-          if (lanes[source] == nullptr) {
-            return fault("collective with missing lanes: a shuffle takes from lane " +
-                             std::to_string(source) + ", which its mask leaves out",
-                         {site, nullptr}, first + lane);
-          }
-          asked.received = static_cast<Shuffled*>(lanes[source])->bits;
-        }
-      },
-      site);
-  return brought.received;
-}
-
-// Asynchronous copies -----------------------------------------------------------------------------
-
-void cp_async_16(void* shared, const void* global, int source_bytes, Site site) {
-  if (source_bytes < 0 || source_bytes > 16) {
-    fault("cp.async of " + std::to_string(source_bytes) + " bytes into 16", {site, nullptr});
-  }
-  if (!is_shared(shared, 16)) {
-    fault("cp.async out of bounds: its 16 bytes do not lie in shared memory", {site, nullptr});
-  }
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    fault("misaligned cp.async: its source is not a multiple of 16", {site, nullptr});
-  }
-  if (source_bytes > 0) access(global, size_t(source_bytes), Access::read, {site, nullptr});
-  access(shared, 16, Access::write, {site, nullptr}, -1, 16);
-  memory_copy_issued(shared, 16, site);
-  self().open.push_back({shared, global, source_bytes, site});
-}
-
-void cp_async_commit() {
-  Thread& thread = self();
-  thread.groups.push_back(std::move(thread.open));
-  thread.open.clear();
-}
-
-void cp_async_wait(int groups_left, Site site) {
-  if (is_disabled(site)) return;
-  std::vector<CopyGroup>& groups = self().groups;
-  while (int(groups.size()) > groups_left) {
-    for (const Copy& copy : groups.front()) {
-      std::memcpy(copy.to, copy.from, size_t(copy.bytes));
-      std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, size_t(16 - copy.bytes));
-      memory_copy_arrived(copy.to, 16, copy.site);
-    }
-    groups.erase(groups.begin());
-  }
-}
 
 // Tests -------------------------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ struct Copy {
 using CopyGroup = std::vector<Copy>;
 
 struct Thread {
-  void* stack_pointer = nullptr;
   State state = State::ready;
   uint3 index{};
   Site site{};                  // where it waits
@@ -33,19 +32,40 @@ struct Engine {
   const Configuration* configuration = nullptr;  // null outside of a launch
   std::vector<Thread> threads;                   // of the running block
   int count = 0;                                 // how many of them there are
-  int current = -1;                              // the running one; -1: the scheduler
-  void* shared_begin = nullptr;                  // dynamic shared memory, sized exactly
+  int arrived = 0, exited = 0;                   // of them in a barrier, at the kernel's end
+  int votes = 0, decided = 0;    // of the barrier that fills, of the one passed last
+  int current = -1;              // the running one; -1: the scheduler
+  void* shared_begin = nullptr;  // dynamic shared memory, sized exactly
 };
 extern Engine engine;
 
-// Fibers.
+constexpr int most_threads = 1024;  // of a block
+
+// Fibers (cuda_emulation_fibers.cpp).
 struct Stacks {
   unsigned char *begin, *end;  // all of them, for telling threads' own memory apart
 };
 extern Stacks stacks;
+void allocate_stacks();                        // where there are none yet
+void prepare_stack(int index, void (*run)());  // the thread's next turn begins `run`
+void enter(int index);                         // from the scheduler to a thread
+void leave(int index);                         // and back, from within it
+// Threads that a fault ended never return: clears their frames' guards.
+void forget_frames(int count);
+
+// Whether a test has disabled the barrier or wait at this place; counts the visit.
+bool is_disabled(Site site);
+// In the order that is shuffled, draws the next one.
+void shuffle_sequence();
+// Reports why nothing can run, when every thread waits or has left. Lanes that wait for each other
+// in collectives are a deadlock; others can never come.
+void explain_standstill();
 
 std::string text(Where where);
 std::string text(uint3 index);
+
+// Says that kernels report their accesses: before constructors of the memory checks have run.
+void check_memory();
 
 // Memory checks (cuda_emulation_memory.cpp). Each does nothing in a build without them.
 void memory_begin_launch();

@@ -1,8 +1,5 @@
 // Checked memory: bounds, alignment, initialization, races, copies in flight.
 //
-// The race build compiles kernels with -fsanitize=thread and links these callbacks in place of the
-// sanitizer's library, so every access of a kernel comes by here. Compiled without that flag.
-//
 // Two accesses to a byte, one of them writing and not both atomic, are a race unless a barrier
 // orders them. For threads of one block that is __syncthreads, counted in epochs; for lanes of one
 // warp also __syncwarp, kept as vector clocks; between blocks of a launch it is nothing.
@@ -368,6 +365,8 @@ void fill(void* data, int value, size_t bytes) {
   }
 }
 
+void check_memory() { checked = true; }
+
 // What the engine tells -------------------------------------------------------------------------
 
 void memory_begin_launch() {
@@ -447,47 +446,3 @@ bool is_shared(const void* address, size_t bytes) {
 }
 
 }  // namespace emulation
-
-// What the compiler calls -------------------------------------------------------------------------
-
-namespace {
-
-inline void accessed(const void* address, size_t bytes, emulation::Access kind, const void* pc,
-                     size_t alignment) {
-  emulation::access(address, bytes, kind, {{nullptr, 0}, pc}, -1, alignment);
-}
-
-}  // namespace
-
-#define EMULATION_CALLBACK extern "C" __attribute__((visibility("hidden"))) void
-#define EMULATION_CALLBACKS(bytes)                                                          \
-  EMULATION_CALLBACK __tsan_read##bytes(void* address) {                                    \
-    accessed(address, bytes, emulation::Access::read, __builtin_return_address(0), bytes);  \
-  }                                                                                         \
-  EMULATION_CALLBACK __tsan_write##bytes(void* address) {                                   \
-    accessed(address, bytes, emulation::Access::write, __builtin_return_address(0), bytes); \
-  }                                                                                         \
-  EMULATION_CALLBACK __tsan_unaligned_read##bytes(void* address) {                          \
-    accessed(address, bytes, emulation::Access::read, __builtin_return_address(0), 1);      \
-  }                                                                                         \
-  EMULATION_CALLBACK __tsan_unaligned_write##bytes(void* address) {                         \
-    accessed(address, bytes, emulation::Access::write, __builtin_return_address(0), 1);     \
-  }
-
-EMULATION_CALLBACKS(1)
-EMULATION_CALLBACKS(2)
-EMULATION_CALLBACKS(4)
-EMULATION_CALLBACKS(8)
-EMULATION_CALLBACKS(16)
-
-EMULATION_CALLBACK __tsan_read_range(void* address, size_t bytes) {
-  accessed(address, bytes, emulation::Access::read, __builtin_return_address(0), 1);
-}
-EMULATION_CALLBACK __tsan_write_range(void* address, size_t bytes) {
-  accessed(address, bytes, emulation::Access::write, __builtin_return_address(0), 1);
-}
-EMULATION_CALLBACK __tsan_vptr_update(void**, void*) {}
-EMULATION_CALLBACK __tsan_vptr_read(void**) {}
-EMULATION_CALLBACK __tsan_func_entry(void*) {}
-EMULATION_CALLBACK __tsan_func_exit() {}
-EMULATION_CALLBACK __tsan_init() { emulation::checked = true; }

@@ -4,7 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 from cuda_calls import CudaCalls
-from emulator import KERNELS, SELFTEST, Emulator, modes
+from emulator import KERNELS, SELFTEST, Emulator, compiler, modes
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _compiler() -> None:
+    try:
+        compiler()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(params=modes(), scope="session")

@@ -1,8 +1,9 @@
 """Builds CUDA sources with the emulation of csrc/testing and calls them on NumPy arrays.
 
-Three builds, in build/emulated: "plain" for results, "race" for every memory fault and race,
+The builds, in build/emulated: "plain" for results, "race" for every memory fault and race,
 "asan" for AddressSanitizer and UBSan, which needs their libraries loaded first
 (`asan_environment`). All of them report divergent barriers, missing lanes and deadlocks.
+"ucontext" is "plain" with the C library's fibers, which processors other than x86-64 use.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,13 @@ CSRC = ROOT / "csrc"
 TESTING = CSRC / "testing"
 BUILD = ROOT / "build" / "emulated"
 
+# Hidden: the builds that one process has loaded share no variable of a template.
 COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-# Variables of templates must not be shared between the builds that one process has loaded.
-OF_KERNELS = ["-fno-gnu-unique"]
 # (of the emulation, of the kernels); `race` takes the kernels' accesses one by one as written
 FLAGS = {
     "plain": (["-O2"], ["-O2"]),
+    "ucontext": (["-O2", "-DEMULATION_UCONTEXT"], ["-O2"]),
     "race": (["-O2"], ["-O1", "-fno-tree-sra", "-fsanitize=thread"]),
     "asan": (["-O1", *SANITIZERS], ["-O1", *SANITIZERS]),
 }
@@ -45,11 +47,20 @@ class KernelFaultError(Exception):
     """What the emulation found wrong with a kernel."""
 
 
-def compiler() -> list[str]:
-    asked = os.environ.get("CXX", "g++").split()
-    if shutil.which(asked[0]) is None:
-        raise FileNotFoundError(f"no C++ compiler {asked[0]!r}; install g++ or set CXX")
-    return asked
+@functools.cache
+def compiler() -> tuple[str, ...]:
+    """GCC: Clang drops and splits accesses before it reports them, and the race build would see
+    less."""
+    for name in (os.environ.get("CXX", "g++"), "g++"):
+        command = tuple(name.split())
+        if shutil.which(command[0]) is None:
+            continue
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True)
+        if "Free Software Foundation" in done.stdout and sys.platform == "linux":
+            return command
+    raise FileNotFoundError(
+        "the emulation of CUDA needs g++ on Linux; install it, or name it in CXX"
+    )
 
 
 @functools.cache
@@ -90,7 +101,7 @@ def run(command: list[str]) -> None:
 def build(mode: str, sources: tuple[Path, ...]) -> Path:
     emulation, kernels = FLAGS[mode]
     objects = [compiled(path, emulation) for path in emulation_sources()]
-    objects += [compiled(path, [*OF_KERNELS, *kernels]) for path in sources]
+    objects += [compiled(path, kernels) for path in sources]
     name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     target = BUILD / f"libvqkernels_{sources[0].stem}_{mode}-{name}.so"
     if not target.exists():

@@ -306,6 +306,17 @@ def test_a_barrier_can_be_disabled(checked: Emulator, barrier: str) -> None:
         assert (block_sum(checked) == 1000).all()
 
 
+@pytest.mark.skipif(modes() == ["asan"], reason="the C library's fibers, without sanitizers")
+def test_other_processors_fibers() -> None:
+    emulator = Emulator("ucontext", SELFTEST)
+    for order, seed in EVERY_ORDER:
+        emulator.set_order(order, seed)
+        assert (block_sum(emulator) == 1000).all()
+        with pytest.raises(KernelFaultError) as caught:
+            run_kernel(emulator, "exit_before_collective", broken=True)
+        check_fault(str(caught.value), "exit_before_collective", {MISSING_LANES})
+
+
 def test_wrong_launches_are_refused(selftest: Emulator) -> None:
     for threads, shared in itertools.product([1, 64, 1024, 1025], [0, 227 << 10, (227 << 10) + 1]):
         with selftest.memory() as memory:
