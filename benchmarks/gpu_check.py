@@ -261,6 +261,8 @@ def check(
         interrupted = True
         log.line("interrupted: start again to go on from here")
     _conclude(chosen, state, log, csv, order)
+    if options.dry_run:
+        log.line("a dry run: the CPU stood in for the GPU, and no time means anything")
     log.close()
     wanted = [f"{stage.name}/{item}" for stage in chosen for item in stage.items]
     ended = [state.outcomes[key]["status"] for key in wanted if key in state.outcomes]

@@ -297,7 +297,7 @@ def _shrunk(row: CodebookShape) -> CodebookShape:
     return dataclasses.replace(
         row,
         tokens=max(BATCH, min(row.tokens, _DRY_TOKENS)),
-        dim=row.dim if row.dim <= 16 else max(4, row.dim // 8),
+        dim=row.dim if row.dim <= 16 else row.dim // 8 + 1,
         codebook_size=32 + row.codebook_size // 512,
         tokens_cap=None,
     )

@@ -14,6 +14,7 @@ from .timing import WARM
 # Milliseconds of flash-kmeans' Triton assignment on an H100 as its authors publish them, fp16,
 # N = 65536, by (D, K): used where the package is not there to be measured.
 PUBLISHED = {(256, 1024): 0.110, (256, 16384): 1.394, (64, 1024): 0.0488, (64, 16384): 0.614}
+_TOKENS = 65536
 _HALVES = ("float16", "bfloat16")
 # A search that formed N x K scores would need at least 2 bytes for each.
 _MATRIX_BYTES, _MATRIX_SHARE = 2, 1 / 8
@@ -83,6 +84,7 @@ def _is_target(record: Record, dtypes: tuple[str, ...], **wanted: int) -> bool:
         and record.name == "target"
         and record.mode == WARM
         and record.dtype in dtypes
+        and found["N"] == _TOKENS
         and all(found[letter] == value for letter, value in wanted.items())
     )
 
