@@ -111,6 +111,29 @@ def test_book_without_a_finite_code(gpu_backend, device, dim, codes):
     assert (nearest_code(x, codebook) == -1).all()
 
 
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dim", [3, 8, 64, 300])
+def test_codes_whose_squared_norm_overflows(gpu_backend, device, dim, dtypes):
+    """A code that is finite can be chosen; the bound leaves open which of several so long ones."""
+    x, codebook = problem(device, N, 90, dim, dtypes)
+    far = (codebook.float().sign() * 3e30).to(codebook.dtype)
+    assert (nearest_code(x, far[:1]) == 0).all()
+    indices = nearest_code(x, far)
+    assert ((indices >= 0) & (indices < 90)).all()
+    broken = far[:3].clone()
+    broken[0, 0], broken[2, 0] = torch.nan, torch.inf
+    assert (nearest_code(x, broken) == 1).all()
+
+
+def test_with_a_packed_book(gpu_backend, device):
+    """A GPU has nothing to prepare ahead: whatever `pack_codebook` returns, it is accepted."""
+    x, codebook = problem(device, N, 90, 24)
+    with vqkernels.use_backend("auto"):
+        packed = vqkernels.pack_codebook(codebook)
+    assert packed.device == codebook.device
+    assert torch.equal(nearest_code(x, codebook, packed=packed), nearest_code(x, codebook))
+
+
 def test_empty(gpu_backend, device):
     codebook = torch.randn(10, 8, device=device)
     assert nearest_code(torch.empty(0, 8, device=device), codebook).shape == (0,)
