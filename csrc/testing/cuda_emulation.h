@@ -19,9 +19,9 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-// Blocks run one after another, so one copy serves them all. Memory checks find these variables
-// as the functions' static variables without an initial value. The guard keeps what lies beyond an
-// array's end from being another array.
+// Blocks run one after another, so one copy serves them all. The guard keeps what lies beyond an
+// array's end from being another array, and by its name memory checks know the functions whose
+// static variables are shared memory.
 #define __shared__ EMULATION_GUARD(__COUNTER__) static
 #define EMULATION_GUARD(number) EMULATION_GUARD_NAMED(number)
 #define EMULATION_GUARD_NAMED(number) \

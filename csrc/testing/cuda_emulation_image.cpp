@@ -10,6 +10,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <utility>
 
 #include "cuda_emulation_memory.h"
 
@@ -25,6 +26,16 @@ std::string local_name(const char* mangled) {
   const std::string name = full.get();
   const size_t last = name.rfind("::");
   return last == std::string::npos ? name : name.substr(last + 2);
+}
+
+// Whether a mangled name is `function`'s, a length, a name of that length, perhaps _ and a number.
+bool is_local_name(const std::string& name, const std::string& function) {
+  if (name.compare(0, function.size(), function) != 0) return false;
+  char* end = nullptr;
+  const char* rest = name.c_str() + function.size();
+  const size_t length = std::strtoul(rest, &end, 10);
+  if (end == rest || length > std::strlen(end)) return false;
+  return end[length] == '\0' || end[length] == '_';
 }
 
 template <typename T>
@@ -61,16 +72,27 @@ Image read_image(const void* code) {
     if (sections[index].sh_type != SHT_SYMTAB) continue;
     const auto* symbols = at<ElfW(Sym)>(file, sections[index].sh_offset);
     const char* names = file.data() + sections[sections[index].sh_link].sh_offset;
+    std::vector<std::string> kernels;  // how the names of their variables begin
+    std::vector<std::pair<std::string, Variable>> variables;
     for (size_t symbol = 0; symbol < sections[index].sh_size / sizeof(*symbols); ++symbol) {
       const auto& entry = symbols[symbol];
-      const char* name = names + entry.st_name;
+      const std::string name = names + entry.st_name;
       const bool variable = ELF64_ST_TYPE(entry.st_info) == STT_OBJECT;
-      if (!variable || entry.st_shndx != zeroed) continue;
-      if (std::strncmp(name, "_ZZ", 3) != 0 || std::strncmp(name, "_ZZNSt", 6) == 0 ||
-          std::strncmp(name, "_ZZSt", 5) == 0 || std::strstr(name, "emulation_guard_") != nullptr) {
-        continue;
+      if (!variable || entry.st_shndx != zeroed || name.rfind("_ZZ", 0) != 0) continue;
+      const size_t guard = name.find("emulation_guard_");
+      if (guard == std::string::npos) {
+        const uintptr_t begin = image.base + entry.st_value;
+        variables.push_back({name, {begin, entry.st_size, local_name(name.c_str())}});
+      } else {  // less the length of the guard's name
+        kernels.push_back(name.substr(0, name.find_last_not_of("0123456789", guard - 1) + 1));
       }
-      image.shared.push_back({image.base + entry.st_value, entry.st_size, local_name(name)});
+    }
+    for (auto& [name, variable] : variables) {
+      for (const std::string& kernel : kernels) {
+        if (!is_local_name(name, kernel)) continue;
+        image.shared.push_back(std::move(variable));
+        break;
+      }
     }
   }
   return image;

@@ -62,6 +62,7 @@ struct Memory {
   uint32_t block_epoch = 1, launch_epoch = 1;  // the first of the running block and launch
   std::vector<uint32_t> clocks;  // [thread][lane]: what thread has seen of its warp's lanes
   std::vector<Site> sites;
+  int64_t in_flight = 0;    // bytes of shared memory
   int counted_thread = -1;  // whose `accesses` are counted, since it ran first in `counted_epoch`
   uint32_t counted_epoch = 0;
   int64_t accesses = 0;
@@ -390,7 +391,9 @@ void memory_begin_block(void* shared, size_t bytes) {
     std::fill_n(&clock_of(thread, 0), 32, 0);
     clock_of(thread, thread % 32) = 1;
   }
-  for (auto& region : memory.regions) {  // copies that a former block left in flight
+  if (memory.in_flight == 0) return;
+  memory.in_flight = 0;
+  for (auto& region : memory.regions) {  // copies that the block before left there
     if (!region->shared) continue;
     for (Byte& byte : region->bytes) byte.in_flight = false;
   }
@@ -427,6 +430,7 @@ void memory_copy_issued(const void* to, size_t bytes, Site) {
   for (size_t index = 0; index < bytes; ++index) {
     region->bytes[begin - region->begin + index].in_flight = true;
   }
+  memory.in_flight += int64_t(bytes);
 }
 
 void memory_copy_arrived(const void* to, size_t bytes, Site site) {
@@ -436,6 +440,7 @@ void memory_copy_arrived(const void* to, size_t bytes, Site site) {
   for (size_t index = 0; index < bytes; ++index) {
     region->bytes[begin - region->begin + index].in_flight = false;
   }
+  memory.in_flight -= int64_t(bytes);
   access(to, bytes, Access::write, {site, nullptr});
 }
 

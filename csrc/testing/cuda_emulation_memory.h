@@ -18,7 +18,7 @@ struct Image {
   std::string path;
   uintptr_t base = 0, begin = 0, end = 0;
   uintptr_t zeroed_begin = 0, zeroed_end = 0;  // .bss
-  std::vector<Variable> shared;                // static variables of functions in .bss
+  std::vector<Variable> shared;                // the kernels' static variables in .bss
 };
 
 // The image that `code` lies in.

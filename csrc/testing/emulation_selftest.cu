@@ -493,6 +493,15 @@ EMULATION_EXPORT const char* sum(const float* in, float* out, int64_t count) {
       [&] { VQKERNELS_LAUNCH((tree_sum<128>), 3, 128, 0, nullptr)(in, out, int(count)); });
 }
 
+// A variable of the host's code, which no block's beginning may touch.
+EMULATION_EXPORT const char* count_launches(const float* in, float* out, int64_t* launches) {
+  static int64_t count;
+  ++count;
+  const char* message = selftest_barrier_left_out(in, out, false);
+  *launches = count;
+  return message;
+}
+
 EMULATION_EXPORT const char* launch(const float* in, float* out, int64_t threads,
                                     int64_t shared_bytes) {
   return emulation::caught([&] {

@@ -28,9 +28,10 @@ CSRC = ROOT / "csrc"
 TESTING = CSRC / "testing"
 BUILD = ROOT / "build" / "emulated"
 
-# Hidden: the builds that one process has loaded share no variable of a template.
 COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+# Variables of templates must not be shared between the builds that one process has loaded.
+OF_KERNELS = ["-fno-gnu-unique"]
 # (of the emulation, of the kernels); `race` takes the kernels' accesses one by one as written
 FLAGS = {
     "plain": (["-O2"], ["-O2"]),
@@ -101,7 +102,7 @@ def run(command: list[str]) -> None:
 def build(mode: str, sources: tuple[Path, ...]) -> Path:
     emulation, kernels = FLAGS[mode]
     objects = [compiled(path, emulation) for path in emulation_sources()]
-    objects += [compiled(path, kernels) for path in sources]
+    objects += [compiled(path, [*OF_KERNELS, *kernels]) for path in sources]
     name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     target = BUILD / f"libvqkernels_{sources[0].stem}_{mode}-{name}.so"
     if not target.exists():

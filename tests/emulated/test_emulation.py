@@ -329,6 +329,16 @@ def test_wrong_launches_are_refused(selftest: Emulator) -> None:
                 selftest.call("launch", given, out, threads, shared)
 
 
+def test_the_hosts_variables_are_left_alone(selftest: Emulator) -> None:
+    with selftest.memory() as memory:
+        given = memory.array("in", np.zeros(256, np.float32))
+        out = memory.empty("out", (128,), np.float32)
+        launches = np.zeros(2, np.int64)
+        selftest.call("count_launches", given, out, launches[:1])
+        selftest.call("count_launches", given, out, launches[1:])
+        assert launches[1] == launches[0] + 1 >= 2
+
+
 def test_memory_that_nobody_registered(checked: Emulator) -> None:
     checked.set_order("forward")
     with checked.memory() as memory:
