@@ -7,6 +7,8 @@
 namespace emulation {
 namespace {
 
+bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
 Thread& self() { return engine.threads[engine.current]; }
 
 // Ends the turn of the running thread.
@@ -32,8 +34,8 @@ Missing missing_lanes(int index) {
   for (int lane = 0; lane < 32; ++lane) {
     if (!(thread.mask >> lane & 1)) continue;
     const Thread& peer = engine.threads[index / 32 * 32 + lane];
-    const bool here = peer.state == State::collective && peer.mask == thread.mask &&
-                      peer.site.line == thread.site.line;
+    const bool here =
+        peer.state == State::collective && peer.mask == thread.mask && same(peer.site, thread.site);
     if (here) continue;
     (peer.state == State::exited ? missing.gone : missing.elsewhere) |= 1u << lane;
     if (peer.state == State::exited) continue;
@@ -63,7 +65,8 @@ void explain_standstill() {
     }
     return fault(what, {thread.site, nullptr}, index);
   }
-  if (deadlocked < 0) return fault("deadlock: no thread can run", {{"unknown", 0}, nullptr}, 0);
+  // Somebody waits in a collective: a barrier that all are in ends, one that some missed is a
+  // fault.
   const Thread& thread = engine.threads[deadlocked];
   const Missing missing = missing_lanes(deadlocked);
   fault(std::string("deadlock: ") + thread.waits + " waits for lanes " +
@@ -88,7 +91,7 @@ int barrier(Vote vote, bool predicate, Site site) {
     for (int index = 0; index < engine.count; ++index) {
       const Thread& other = engine.threads[index];
       if (other.state != State::barrier) continue;
-      if (other.site.line != site.line || std::strcmp(other.site.file, site.file) != 0) {
+      if (!same(other.site, site)) {
         fault(std::string("divergent barrier: this thread waits in ") + thread.waits + ", thread " +
                   text(other.index) + " waits in " + other.waits + " at " +
                   text(Where{other.site, nullptr}),
@@ -137,7 +140,7 @@ void collective(const char* name, uint32_t mask, void* brought, Work work, Site 
             {site, nullptr});
     }
     const bool waits = other->state == State::collective && other->mask == mask;
-    if (waits && (other->site.line != site.line || std::strcmp(other->waits, name) != 0)) {
+    if (waits && (!same(other->site, site) || std::strcmp(other->waits, name) != 0)) {
       fault(std::string("collective with missing lanes: ") + name + " names lane " +
                 std::to_string(peer) + ", which waits in " + other->waits + " at " +
                 text(Where{other->site, nullptr}),

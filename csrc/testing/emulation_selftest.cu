@@ -493,6 +493,10 @@ EMULATION_EXPORT const char* sum(const float* in, float* out, int64_t count) {
       [&] { VQKERNELS_LAUNCH((tree_sum<128>), 3, 128, 0, nullptr)(in, out, int(count)); });
 }
 
+EMULATION_EXPORT const char* clear(float* out, int64_t bytes) {
+  return emulation::caught([&] { cudaMemsetAsync(out, 0, size_t(bytes), nullptr); });
+}
+
 // A variable of the host's code, which no block's beginning may touch.
 EMULATION_EXPORT const char* count_launches(const float* in, float* out, int64_t* launches) {
   static int64_t count;

@@ -16,7 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +89,9 @@ def compiled(source: Path, flags: list[str]) -> Path:
     name = hashlib.sha256((seen + " ".join(command)).encode()).hexdigest()[:16]
     target = BUILD / f"{source.stem}-{name}.o"
     if not target.exists():
-        run([*command, "-o", f"{target}.{os.getpid()}"])
-        os.replace(f"{target}.{os.getpid()}", target)
+        partial = f"{target}.{os.getpid()}.{threading.get_ident()}"
+        run([*command, "-o", partial])
+        os.replace(partial, target)
     return target
 
 
@@ -101,14 +104,16 @@ def run(command: list[str]) -> None:
 
 def build(mode: str, sources: tuple[Path, ...]) -> Path:
     emulation, kernels = FLAGS[mode]
-    objects = [compiled(path, emulation) for path in emulation_sources()]
-    objects += [compiled(path, [*OF_KERNELS, *kernels]) for path in sources]
+    flags = dict.fromkeys(emulation_sources(), emulation)
+    flags |= {path: [*OF_KERNELS, *kernels] for path in sources}
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
+        objects = list(pool.map(compiled, flags.keys(), flags.values()))
     name = hashlib.sha256(" ".join(map(str, objects)).encode()).hexdigest()[:16]
     target = BUILD / f"libvqkernels_{sources[0].stem}_{mode}-{name}.so"
     if not target.exists():
         # Not -fsanitize=thread: the emulation's callbacks stand in for that library.
         sanitizers = SANITIZERS if mode == "asan" else []
-        partial = f"{target}.{os.getpid()}"
+        partial = f"{target}.{os.getpid()}.{threading.get_ident()}"
         libraries = ["-ldl", "-lpthread"]
         run([*compiler(), "-shared", *sanitizers, *map(str, objects), *libraries, "-o", partial])
         os.replace(partial, target)

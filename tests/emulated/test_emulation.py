@@ -192,6 +192,30 @@ def test_builtins_votes_and_atomics(selftest: Emulator) -> None:
             assert least[0] == 1000 - 59
 
 
+def test_atomics_need_a_value_to_begin_with(checked: Emulator) -> None:
+    with checked.memory() as memory:
+        place, votes = (memory.empty(name, (720,), np.int32) for name in ("place", "votes"))
+        least = memory.empty("least", (1,), np.uint64)
+        with pytest.raises(KernelFaultError, match=r"uninitialized read: atomic update.*least"):
+            checked.call("count_indices", place, votes, least)
+
+
+def test_cleared_memory_can_be_read(checked: Emulator) -> None:
+    with checked.memory() as memory:
+        given = memory.array("in", np.arange(256, dtype=np.float32))
+        out = memory.empty("out", (128,), np.float32)
+        checked.call("clear", out, 508)
+        with pytest.raises(
+            KernelFaultError, match=r"uninitialized read.* at byte 508 of global out"
+        ):
+            checked.call("selftest_uninitialized_global", given, out, True)
+        checked.call("clear", out, 512)
+        checked.call("selftest_uninitialized_global", given, out, True)
+        assert (out == np.tile(given[:64], 2)).all()
+        with pytest.raises(KernelFaultError, match="cudaMemset out of bounds"):
+            checked.call("clear", out, 513)
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("doubles", np.float64), ("ints", np.int32)])
 def test_shuffles(selftest: Emulator, name: str, dtype: type) -> None:
     values = (np.arange(32) * 1.5 + 7).astype(dtype)
