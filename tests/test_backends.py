@@ -123,6 +123,7 @@ def test_use_backend_holds_in_the_backward() -> None:
 
 def test_fallback_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     backends._chosen.clear()
+    backends._logged.clear()
     x, codebook = make("gaussian", 5, 6, 4)
     with caplog.at_level("WARNING", logger="vqkernels"):
         for _ in range(3):
@@ -141,6 +142,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Tensors that say they are on a GPU, and how to say which one, and what can serve it."""
     monkeypatch.setattr(backends, "_TRITON_INSTALLED", True)
     monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(native, "cuda_problem", None)
 
     def is_a(capability: int, targets: str = "80+PTX 90a 100 120") -> None:
@@ -200,11 +202,16 @@ def test_a_half_with_a_float32_book_is_no_half(gpu: Callable[..., None]) -> None
 
 
 def test_without_the_cuda_object_triton_serves_the_gpu(
-    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu(90)
     monkeypatch.setattr(native, "cuda_problem", "no CUDA kernels were built (planted)")
     tensors = on_gpu(65536, 512, 64, torch.float32)
+    with caplog.at_level("WARNING", logger="vqkernels"):
+        for dim in (32, 48, 64):  # chosen for each, said once
+            assert backends.select("nearest_code", *on_gpu(9, 9, dim, torch.float32)) == "triton"
+    (said,) = caplog.messages
+    assert said.startswith("nearest_code runs on triton; cuda: no CUDA kernels were built")
     found = explain("nearest_code", *tensors)
     assert found.backend == backends.select("nearest_code", *tensors) == "triton"
     assert found.passed_over == ("cuda",)

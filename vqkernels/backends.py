@@ -48,6 +48,7 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger("vqkernels")
 _chosen: dict[tuple[str, str, str, tuple[torch.dtype, ...], GpuCall | None], str] = {}
 _capabilities: dict[int | None, int] = {}
+_logged: set[str] = set()
 
 
 def _checked(name: str, source: str) -> str:
@@ -205,7 +206,10 @@ def _log_choice(
                 return
             if backend in KERNELS.get(op, ()):
                 problem = why_not(backend, op, device, dtypes, gpu)
-                _log.warning("%s runs on %s; %s: %s", op, chosen, backend, problem)
+                message = f"{op} runs on {chosen}; {backend}: {problem}"
+                if message not in _logged:
+                    _logged.add(message)
+                    _log.warning("%s", message)
 
 
 @dataclass(frozen=True)
