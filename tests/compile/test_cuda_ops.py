@@ -38,19 +38,16 @@ def ops(tmp_path_factory: pytest.TempPathFactory) -> torch._ops._OpNamespace:
     for source in (*sources, *sorted((ROOT / "csrc/cuda/ops").glob("*.cpp"))):
         objects.append(folder / f"{source.stem}.o")
         compile_with(compiler, *flags, "-c", source, "-o", objects[-1])
-    # Apart from the kernels: in their object, static variables are shared memory to the emulation.
     emulation, kernels = emulator.FLAGS["plain"]
-    parts = [emulator.compiled(path, emulation) for path in emulator.emulation_sources()]
-    parts += [
-        emulator.compiled(path, [*emulator.OF_KERNELS, *kernels, "-fvisibility=default"])
+    objects += [emulator.compiled(path, emulation) for path in emulator.emulation_sources()]
+    objects += [
+        emulator.compiled(path, [*emulator.OF_KERNELS, *kernels])
         for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
     ]
-    launchers, path = folder / "liblaunchers.so", folder / "libcuda_ops_on_cpu.so"
-    linking = ["-shared", "-Wl,-Bsymbolic"]
-    compile_with(compiler, *linking, *parts, "-o", launchers, "-ldl", "-lpthread")
-    libraries = [launchers, f"-Wl,-rpath,{folder}", f"-L{torch_directory / 'lib'}", "-ltorch_cpu"]
+    path = folder / "libcuda_ops_on_cpu.so"
+    libraries = [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ldl", "-lpthread"]
     # -Bsymbolic: its own functions, not those of torch's libraries with the same names.
-    compile_with(compiler, *linking, *objects, *libraries, "-o", path)
+    compile_with(compiler, "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", path)
     torch.ops.load_library(str(path))
     return torch.ops.vqkernels_cuda
 
