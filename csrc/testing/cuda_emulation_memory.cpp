@@ -353,17 +353,18 @@ void add_array(const void* data, size_t bytes, bool initialized, const std::stri
 void remove_array(const void* data) { remove_region(reinterpret_cast<uintptr_t>(data)); }
 
 void fill(void* data, int value, size_t bytes) {
-  std::memset(data, value, bytes);
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  if (!checked || bytes == 0) return;
-  Region* region = find_region(begin);
-  if (region == nullptr || begin + bytes > region->end) {
-    throw std::runtime_error("cudaMemset out of bounds: " + std::to_string(bytes) + " bytes at " +
-                             describe(begin));
+  if (checked && bytes > 0) {
+    Region* region = find_region(begin);
+    if (region == nullptr || begin + bytes > region->end) {
+      throw std::runtime_error("cudaMemset out of bounds: " + std::to_string(bytes) + " bytes at " +
+                               describe(begin));
+    }
+    for (uintptr_t index = begin; index < begin + bytes; ++index) {
+      region->bytes[index - region->begin].known = true;
+    }
   }
-  for (uintptr_t index = begin - region->begin; index < begin - region->begin + bytes; ++index) {
-    region->bytes[index].known = true;
-  }
+  std::memset(data, value, bytes);
 }
 
 void check_memory() { checked = true; }
