@@ -1,4 +1,5 @@
 // ldmatrix and mma.sync.m16n8k16 for all lanes of a warp at once.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -27,8 +28,8 @@ double half_value(uint32_t pair, int which, bool bfloat16) {
                   : vqkernels::to_float(vqkernels::half_t{bits});
 }
 
-int exponent(double value) {  // of a normal number; halves' products are all normal doubles
-  return int(vqkernels::bit_cast<uint64_t>(value) >> 52 & 0x7ff) - 1023;
+uint64_t magnitude(double value) {  // bits that are ordered like absolute values
+  return vqkernels::bit_cast<uint64_t>(value) & ~(uint64_t(1) << 63);
 }
 
 double power_of_two(int exponent) {
@@ -47,18 +48,18 @@ float truncated(double value) {
 // exact, every term is cut off below 24 bits of the largest one, the sum is exact and cut off to
 // float.
 float fused_sum(float accumulator, const double (&products)[8]) {
-  double largest = std::fabs(double(accumulator));
-  double total = accumulator;
-  for (double product : products) {
-    largest = std::fmax(largest, std::fabs(product));
-    total += product;
-  }
-  if (!std::isfinite(total)) return float(total);  // only infinities and NaN reach that far
+  uint64_t largest = magnitude(accumulator);
+  for (double product : products) largest = std::max(largest, magnitude(product));
   if (largest == 0) return 0;
-  const int top = exponent(largest);
+  const int top = int(largest >> 52) - 1023;  // halves' products are all normal doubles
+  if (top == 1024) {                          // infinite or not a number
+    double total = accumulator;
+    for (double product : products) total += product;
+    return float(total);
+  }
   const double scale = power_of_two(23 - top);
-  int64_t sum = int64_t(double(accumulator) * scale);
-  for (double product : products) sum += int64_t(product * scale);
+  int32_t sum = int32_t(double(accumulator) * scale);  // nine terms below 2^24
+  for (double product : products) sum += int32_t(product * scale);
   return truncated(double(sum) * power_of_two(top - 23));
 }
 

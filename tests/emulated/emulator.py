@@ -36,9 +36,9 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 OF_KERNELS = ["-fno-gnu-unique"]
 # (of the emulation, of the kernels); `race` takes the kernels' accesses one by one as written
 FLAGS = {
-    "plain": (["-O2"], ["-O2"]),
+    "plain": (["-O3"], ["-O2"]),
     "ucontext": (["-O2", "-DEMULATION_UCONTEXT"], ["-O2"]),
-    "race": (["-O2"], ["-O1", "-fno-tree-sra", "-fsanitize=thread"]),
+    "race": (["-O3"], ["-O1", "-fno-tree-sra", "-fsanitize=thread"]),
     "asan": (["-O1", *SANITIZERS], ["-O1", *SANITIZERS]),
 }
 SELFTEST = (TESTING / "emulation_selftest.cu",)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -303,6 +305,44 @@ def test_mma_truncates(selftest: Emulator) -> None:
     # Eight products at a time: those that come second meet the first ones' sum.
     assert first_element(selftest, [2.0**-24] * 8 + [0.0] * 7 + [1.0], 0) == 1 + 2.0**-21
     assert first_element(selftest, [1.0] + [0.0] * 7 + [2.0**-24] * 8, 0) == 1
+
+
+def cut_off(value: Fraction, unit: Fraction) -> Fraction:
+    """The multiple of `unit` next to `value`, toward zero."""
+    return int(abs(value) / unit) * unit * (1 if value > 0 else -1)
+
+
+def last_place(value: Fraction) -> Fraction:
+    """What the last of 24 bits is worth in a number of this size."""
+    exponent = math.frexp(float(abs(value)))[1] - 1
+    return Fraction(2) ** (exponent - 23)
+
+
+def added(start: Fraction, products: list[Fraction]) -> Fraction:
+    unit = last_place(max([start, *products], key=abs))
+    total = sum((cut_off(term, unit) for term in [start, *products]), Fraction(0))
+    return cut_off(total, last_place(total)) if total else total
+
+
+def test_mma_rounds_as_the_model_says(selftest: Emulator) -> None:
+    generator = np.random.default_rng(0)
+    a, b = (
+        (generator.standard_normal(shape) * 2.0 ** generator.integers(-9, 5, shape))
+        .astype(np.float16)
+        .astype(np.float64)
+        for shape in [(16, 16), (16, 8)]
+    )
+    c = generator.standard_normal((16, 8)).astype(np.float32)
+    found = multiply(selftest, a, b, c)
+    for row, column in itertools.product(range(16), range(8)):
+        total = Fraction(float(c[row, column]))
+        for k in (0, 8):
+            left, right = a[row, k : k + 8], b[k : k + 8, column]
+            total = added(
+                total, [Fraction(x) * Fraction(y) for x, y in zip(left, right, strict=True)]
+            )
+        assert float(found[row, column]) == total
+    assert (found != (a @ b + c).astype(np.float32)).any()
 
 
 @pytest.mark.parametrize("start", [np.inf, -np.inf, np.nan])
