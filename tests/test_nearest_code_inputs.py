@@ -374,3 +374,9 @@ def test_bad_input(backend: str, case: str) -> None:
     call, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call(torch.randn(5, 4), torch.randn(6, 4))
+
+
+def test_a_broken_code_is_not_taken_for_a_zero_code(backend: str) -> None:
+    codebook = torch.tensor([[torch.nan, 0.0, 0.0], [0.0, 0.0, 0.0], [torch.inf, 0.0, 0.0]])
+    for metric in ("l2", "dot", "cosine"):
+        assert vqkernels.nearest_code(torch.zeros(1, 3), codebook, metric=metric).item() == 1

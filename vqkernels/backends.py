@@ -111,13 +111,16 @@ def _gpu_call(op: str, tensors: Sequence[Tensor | None]) -> GpuCall | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _capability(index: int | None) -> int:
     known = _capabilities.get(index)
     if known is None:
         major, minor = torch.cuda.get_device_capability(index)
         known = _capabilities[index] = 10 * major + minor
     return known
+
+
+# What torch.compiler.assume_constant_result sets; it would import torch._dynamo, for a second.
+_capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _refuse_tangents(op: str, tensors: tuple[Tensor | None, ...]) -> None:

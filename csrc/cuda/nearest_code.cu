@@ -38,37 +38,50 @@ struct Plan {
   int terms, width;
   int tiles, splits, tiles_per_split;
   int warps_m, stages;
+  bool resident;
+
+  int shared_bytes() const {
+    return warps_m == 2 ? SearchLayout<2>(width, stages, resident).bytes
+                        : SearchLayout<4>(width, stages, resident).bytes;
+  }
 };
 
-template <int kWarpsM>
-int shared_bytes(int width, int stages) {
-  return SearchLayout<kWarpsM>(width, stages).bytes;
+// 128 rows a block leave room for two blocks on a multiprocessor, one of which compares scores
+// while the other multiplies. Rows of 129 to 256 columns leave none: then 256 rows, which read the
+// book half as often. Rows that do not fit beside two stages are streamed with the codes.
+void choose_shape(const NearestCode& problem, const Device& device, Plan& plan) {
+  const int chunks = (plan.width + kChunk - 1) / kChunk;
+  const auto fits = [&](int warps_m, int stages, bool resident) {
+    Plan tried = plan;
+    tried.warps_m = warps_m;
+    tried.stages = stages;
+    tried.resident = resident;
+    return tried.shared_bytes() <= device.shared_block;
+  };
+  const bool tall = chunks > 2 && chunks <= kResident && problem.x.count > 128 && fits(4, 2, true);
+  plan.warps_m = problem.block_rows > 0 ? problem.block_rows / 64 : tall ? 4 : 2;
+  plan.resident = chunks <= kResident && fits(plan.warps_m, 2, true);
+  plan.stages = 3;
+  const int blocks = plan.warps_m == 2 ? 2 : 1;
+  if (!fits(plan.warps_m, 3, plan.resident) || plan.shared_bytes() * blocks > device.shared_total) {
+    plan.stages = 2;
+  }
+  if (problem.stages > 0) plan.stages = problem.stages;
 }
 
-Plan plan(const NearestCode& problem, const Device& device) {
+Plan plan_for(const NearestCode& problem, const Device& device) {
   const int dim = int(problem.x.width);
   Plan plan;
   plan.direct = lies_well(problem.x) && lies_well(problem.codebook) &&
                 problem.x.dtype == problem.codebook.dtype;
   plan.terms = plan.direct ? 0 : dim <= kThreeTerms ? 3 : 1;
   plan.width = plan.direct ? dim : (plan.terms * dim + kStep - 1) / kStep * kStep;
-
-  // 128 rows a block leave room for two blocks on a multiprocessor, one of which compares scores
-  // while the other multiplies. Rows of 129 to 256 columns do not: then 256 rows, which read the
-  // book half as often.
-  const int chunks = (plan.width + kChunk - 1) / kChunk;
-  const bool tall = chunks > 2 && chunks <= kResident && problem.x.count > 128 &&
-                    shared_bytes<4>(plan.width, 2) <= device.shared_block;
-  plan.warps_m = problem.block_rows > 0 ? problem.block_rows / 64 : tall ? 4 : 2;
-  const int blocks = plan.warps_m == 2 ? 2 : 1;
-  const int three =
-      plan.warps_m == 2 ? shared_bytes<2>(plan.width, 3) : shared_bytes<4>(plan.width, 3);
-  plan.stages = three <= device.shared_block && three * blocks <= device.shared_total ? 3 : 2;
-  if (problem.stages > 0) plan.stages = problem.stages;
+  choose_shape(problem, device, plan);
 
   plan.tiles = blocks_for(problem.codebook.count, kTileCodes);
   const int rows = blocks_for(problem.x.count, 64 * plan.warps_m) * int(problem.x.books);
-  const int wanted = problem.splits > 0 ? problem.splits : blocks * device.multiprocessors / rows;
+  const int together = (plan.warps_m == 2 ? 2 : 1) * device.multiprocessors;
+  const int wanted = problem.splits > 0 ? problem.splits : together / rows;
   const int most = problem.splits > 0 ? plan.tiles : plan.tiles / kLeastTiles;
   plan.tiles_per_split = blocks_for(plan.tiles, std::max(1, std::min(wanted, most)));
   plan.splits = blocks_for(plan.tiles, plan.tiles_per_split);
@@ -76,19 +89,21 @@ Plan plan(const NearestCode& problem, const Device& device) {
 }
 
 template <typename Half, bool kScreen, int kWarpsM>
-void launch_search(const Search& search, const Context& context) {
+void launch_search(const Search& search, int shared_bytes, const Context& context) {
   const int64_t blocks =
       int64_t(blocks_for(search.rows, 64 * kWarpsM)) * search.books * search.splits;
   VQKERNELS_LAUNCH((search_tiles<Half, kScreen, kWarpsM>), dim3(unsigned(blocks)),
-                   dim3(SearchLayout<kWarpsM>::kThreads),
-                   shared_bytes<kWarpsM>(search.width, search.stages), context.stream)
+                   dim3(SearchLayout<kWarpsM>::kThreads), shared_bytes, context.stream)
   (search);
 }
 
 template <typename Half, bool kScreen>
 void launch_search(const Search& search, const Plan& plan, const Context& context) {
-  if (plan.warps_m == 4) return launch_search<Half, kScreen, 4>(search, context);
-  launch_search<Half, kScreen, 2>(search, context);
+  if (plan.warps_m == 4) {
+    launch_search<Half, kScreen, 4>(search, plan.shared_bytes(), context);
+  } else {
+    launch_search<Half, kScreen, 2>(search, plan.shared_bytes(), context);
+  }
 }
 
 }  // namespace
@@ -97,7 +112,7 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   const Rows &x = problem.x, &codebook = problem.codebook;
   const int64_t all_rows = x.books * x.count;
   if (all_rows == 0) return;
-  const Plan plan = vqkernels::cuda::plan(problem, context.device);
+  const Plan plan = plan_for(problem, context.device);
   const unsigned books = unsigned(x.books);
 
   float* centre = nullptr;
@@ -151,6 +166,7 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   search.splits = plan.splits;
   search.tiles_per_split = plan.tiles_per_split;
   search.stages = plan.stages;
+  search.resident = plan.resident;
   if (!plan.direct) {
     launch_search<__half, true>(search, plan, context);
   } else if (x.dtype == DType::f16) {

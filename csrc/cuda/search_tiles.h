@@ -45,7 +45,8 @@ struct Search {
   Record* records;            // `[splits, books, rows]`
   int rows, codes_count, width, books;
   int tile_count, splits, tiles_per_split;
-  int stages;  // 2 or 3
+  int stages;     // 2 or 3
+  bool resident;  // rows stay in shared memory: at most kResident chunks
 };
 
 // Where things lie in a block's shared memory, in bytes.
@@ -56,9 +57,8 @@ struct SearchLayout {
 
   int chunks, resident_bytes, stage_rows, stage_tile, stage_bytes, row_terms, state, bytes;
 
-  __host__ __device__ SearchLayout(int width, int stages) {
+  __host__ __device__ SearchLayout(int width, int stages, bool resident) {
     chunks = (width + kChunk - 1) / kChunk;
-    const bool resident = chunks <= kResident;
     resident_bytes = resident ? chunks * kRows * kChunkBytes : 0;
     stage_rows = kTileCodes * kChunkBytes;
     stage_tile = stage_rows + (resident ? 0 : kRows * kChunkBytes);
@@ -269,8 +269,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsM * kWarpsN, kWarpsM == 2 ? 2 : 
   using Layout = SearchLayout<kWarpsM>;
   constexpr int kRows = Layout::kRows, kThreads = Layout::kThreads;
   VQKERNELS_DYNAMIC_SHARED(char, shared);
-  const Layout layout(call.width, call.stages);
-  const bool resident = layout.resident_bytes > 0;
+  const bool resident = call.resident;
+  const Layout layout(call.width, call.stages, resident);
   RowTerms* row_terms = reinterpret_cast<RowTerms*>(shared + layout.row_terms);
   const CandidateState state{reinterpret_cast<float*>(shared + layout.state), kThreads};
 

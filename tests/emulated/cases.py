@@ -180,6 +180,7 @@ def cases() -> list[Case]:
         _nearest("streamed", 70, 140, 264, FP16),
         _nearest("streamed-two-stages", 70, 140, 264, device=SMALL),
         _nearest("tall", 300, 140, 136, device=Device(multiprocessors=1)),
+        _nearest("streamed-for-room", 70, 140, 200, device=SMALL),
         _nearest("direct-bf16", 130, 260, 24, BF16, "dot"),
         _nearest("direct-cosine", 70, 300, 64, FP16, "cosine"),
         _nearest("splits", 20, 700, 20, metric="cosine", splits=3),

@@ -60,7 +60,7 @@ def _nearest(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
     start = codes.square().sum(-1) / 2 if metric == "l2" else codes.new_zeros(codes.shape[0])
     start = torch.where(usable, start, torch.inf)  # [K]
 
-    first = _first_of_equals(codes)  # [K]
+    first = _first_of_equals(codes, usable)  # [K]
     found = rows.new_empty(rows.shape[0], dtype=torch.int64)
     for chunk in torch.arange(rows.shape[0], device=rows.device).split(
         max(1, _SCORES_AT_ONCE // codes.shape[0])
@@ -71,10 +71,11 @@ def _nearest(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
     return found.masked_fill(hopeless, -1)
 
 
-def _first_of_equals(codes: Tensor) -> Tensor:
-    """For each code the lowest index that holds the same code: a matrix product may round the
-    same numbers differently in another column, and equal codes must give the lowest index."""
+def _first_of_equals(codes: Tensor, usable: Tensor) -> Tensor:
+    """For each code the lowest index that holds the same usable code: a matrix product may round
+    the same numbers differently in another column, and equal codes must give the lowest index."""
     _, kind = torch.unique(codes, dim=0, return_inverse=True)
     index = torch.arange(codes.shape[0], device=codes.device)
-    lowest = torch.full_like(index, codes.shape[0]).scatter_reduce(0, kind, index, "amin")
+    lowest = torch.full_like(index, codes.shape[0])
+    lowest.scatter_reduce_(0, kind, torch.where(usable, index, codes.shape[0]), "amin")
     return lowest[kind]

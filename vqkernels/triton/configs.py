@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vqkernels.selection import FAMILIES, family
+
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -54,8 +56,7 @@ class LaneConfig:
     reason: str
 
 
-# By shared memory: 163 KiB (sm_80), 99 KiB (sm_86, sm_89, sm_120), 227 KiB (sm_90, sm_100).
-FAMILIES = ("ampere", "small", "hopper", "blackwell")
+# Shared memory a block: 163 KiB (ampere), 99 (small), 227 (hopper, blackwell).
 _ANY = FAMILIES
 _MMA_SYNC = ("ampere", "small")
 _LARGE = ("ampere", "hopper", "blackwell")
@@ -122,19 +123,6 @@ LANE_CONFIGS = (
                "two rows a thread, since 16 entries of each row stay in registers"),
 )
 # fmt: on
-
-
-def family(capability: int) -> str:
-    """Families share shared memory and tensor-core instructions."""
-    if capability < 80:
-        raise ValueError(
-            f"the Triton kernels need compute capability 8.0 or newer, got {capability / 10}"
-        )
-    if capability < 90:
-        return "ampere" if capability == 80 else "small"
-    if capability < 100:
-        return "hopper"
-    return "blackwell" if capability < 120 else "small"
 
 
 def select_tiles(capability: int, products: str, dim: int, rows: int) -> TileConfig:
