@@ -30,7 +30,8 @@ CSRC = ROOT / "csrc"
 TESTING = CSRC / "testing"
 BUILD = ROOT / "build" / "emulated"
 
-COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+COMMON = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+COMMON += ["-Wall", "-Wno-unknown-pragmas"]  # #pragma unroll
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # Variables of templates must not be shared between the builds that one process has loaded.
 OF_KERNELS = ["-fno-gnu-unique"]
