@@ -82,12 +82,14 @@ def _quantize(masked: bool, dtype: torch.dtype) -> Any:
     return lambda: quantize(x, codes, "l2", mask, "straight_through", None)
 
 
-def _backward(dtype: torch.dtype, passed: bool, committed: bool) -> Any:
+def _backward(
+    dtype: torch.dtype, passed: bool, committed: bool, gradient: str = "straight_through"
+) -> Any:
     x, codes = _empty(ROWS, 64, dtype=dtype), _empty(CODES, 64, dtype=dtype)
     grad = torch.empty_like(x) if passed else None
     loss = _empty() if committed else None
     indices = _empty(ROWS, dtype=torch.int64)
-    return lambda: quantize_backward_x(grad, loss, x, codes, indices, "straight_through")
+    return lambda: quantize_backward_x(grad, loss, x, codes, indices, gradient)
 
 
 def _book_gradient(dtype: torch.dtype) -> Any:
@@ -191,6 +193,8 @@ _OTHERS: tuple[tuple[str, str, Any], ...] = (
     ("_write_codes", "masked", _quantize(True, FP32)),
     ("_close", "one", _quantize(False, FP32)),
     ("_count_found", "one", _backward(FP32, True, True)),
+    ("_rotated_grad_x", "both", _backward(FP16, True, True, "rotation")),
+    ("_rotated_grad_x", "passed", _backward(FP32, True, False, "rotation")),
     ("_grad_x", "both", _backward(FP16, True, True)),
     ("_grad_x", "passed", _backward(FP32, True, False)),
     ("_grad_x", "committed", _backward(BF16, False, True)),
