@@ -139,6 +139,8 @@ def _specialized(
     if isinstance(value, torch.Tensor):
         attributes[path] = [["tt.divisibility", 16]]
         return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
     if value == 1:
         constants[path] = 1
         return "constexpr"

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 _HOME = {
+    "attention": "attention",
+    "attention_backward": "attention_backward",
     "code_statistics": "code_statistics",
     "gather_codes": "gather_codes",
     "nearest_code": "nearest_code",
@@ -20,6 +22,8 @@ _HOME = {
 }
 
 __all__ = [
+    "attention",
+    "attention_backward",
     "code_statistics",
     "gather_codes",
     "nearest_code",
