@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +127,98 @@ def test_every_op_equals_eager_bit_by_bit(backend: str) -> None:
     for mine, plain in zip(compiled(x, codebook), everything(x, codebook), strict=True):
         assert torch.equal(mine, plain)
         assert mine.stride() == plain.stride()
+
+
+class Block(torch.nn.Module):
+    """The modulated parts of a transformer block, every parameter random."""
+
+    def __init__(self, dim: int = 24) -> None:
+        super().__init__()
+        self.modulation = torch.nn.Linear(4, 6 * dim)
+        self.mixer, self.fc1 = torch.nn.Linear(dim, dim), torch.nn.Linear(dim, 2 * dim, bias=False)
+        self.fc1_bias = torch.nn.Parameter(torch.randn(2 * dim))
+        self.fc2 = torch.nn.Linear(2 * dim, dim)
+        self.weight, self.bias = (torch.nn.Parameter(torch.randn(dim)) for _ in range(2))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate, shift_2, scale_2, gate_2 = self.modulation(condition).chunk(6, dim=1)
+        normed = vqkernels.ada_layer_norm(
+            x, shift=shift, scale=scale, weight=self.weight, bias=self.bias
+        )
+        normed, x = vqkernels.gated_residual_ada_layer_norm(
+            x, self.mixer(normed), gate=gate, shift=shift_2, scale=scale_2, norm="rms"
+        )
+        hidden = vqkernels.bias_gelu(self.fc1(normed), self.fc1_bias)
+        return vqkernels.gated_residual(x, self.fc2(hidden), gate=gate_2)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_ten_steps_of_a_modulated_block(native_cpu: None, compiler: str) -> None:
+    torch.manual_seed(2)
+    eager, compiled = Block(), Block()
+    compiled.load_state_dict(eager.state_dict())
+    counter = CompileCounterWithBackend(compiler)
+    step = torch.compile(compiled, fullgraph=True, backend=counter)
+    losses: list[list[float]] = []
+    for model, call in ((eager, eager), (compiled, step)):
+        generator = torch.Generator().manual_seed(5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses.append([])
+        for _ in range(10):
+            x = torch.randn(3, 7, 24, generator=generator)
+            loss = (call(x, torch.randn(3, 4, generator=generator)) - x.flip(-1)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert counter.frame_count == 1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][-1] != losses[0][0]
+
+
+def test_modulation_equals_eager_bit_by_bit(backend: str) -> None:
+    x, y = torch.randn(2, 12, 40), torch.randn(2, 12, 40)
+    gate, shift, scale = torch.randn(2, 240).chunk(6, dim=1)[:3]
+
+    def everything(x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Any:
+        return (
+            vqkernels.ada_layer_norm(x, shift=shift, scale=scale),
+            vqkernels.gated_residual(x, y, gate=gate),
+            *vqkernels.gated_residual_ada_layer_norm(
+                x, y, gate=gate, shift=shift, scale=scale, norm="rms"
+            ),
+            vqkernels.bias_gelu(x.mT, x[0, :, 0], approximate="none"),
+        )
+
+    leaves = [t.clone().requires_grad_() for t in (x, y, gate, shift, scale)]
+    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
+    found, plain = compiled(*leaves), everything(*leaves)
+    for mine, true in zip(found, plain, strict=True):
+        assert torch.equal(mine, true)
+        assert mine.stride() == true.stride()
+    grads = [torch.randn_like(t) for t in plain]
+    ours = torch.autograd.grad(found, leaves, grads)
+    for mine, true in zip(ours, torch.autograd.grad(plain, leaves, grads), strict=True):
+        assert torch.equal(mine, true)
+
+
+def test_modulation_at_many_sizes_with_one_compilation(backend: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        return vqkernels.bias_gelu(vqkernels.ada_layer_norm(x, shift=shift, scale=scale))
+
+    compiled = torch.compile(norm, fullgraph=True, backend=counter, dynamic=True)
+    compilations = []
+    for batch, tokens in ((3, 5), (2, 64), (4, 33)):
+        x = torch.randn(batch, tokens, 16, requires_grad=True)
+        shift, scale = torch.randn(batch, 16), torch.randn(batch, 16)
+        out = compiled(x, shift, scale)
+        assert torch.equal(out, norm(x, shift, scale))
+        out.sum().backward()
+        assert x.grad is not None
+        compilations.append(counter.frame_count)
+    assert compilations[-1] == compilations[0]
 
 
 def test_dynamic_batch_size(backend: str) -> None:

@@ -33,6 +33,8 @@ REPEATED = (
     "test_quantize_gradients.py",
     "test_ema_update.py",
     "test_timestep_embedding.py",
+    "test_ada_layer_norm.py",
+    "test_bias_gelu.py",
 )
 
 

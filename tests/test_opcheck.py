@@ -32,6 +32,11 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     by_group = torch.randint(-1, 5, (2, 3, 7))
     mask = torch.tensor([True, False, True, True, True, False, True])
     one = torch.ones(())
+    tokens, branch = torch.randn(2, 6, 5), torch.randn(2, 6, 5)
+    gate, shift, scale = torch.randn(2, 30).chunk(6, dim=1)[:3]
+    by_frame, by_token = torch.randn(2, 3, 5), torch.randn(2, 6, 5)
+    weight, bias = torch.randn(5), torch.randn(5)
+    statistics = torch.rand(2, 6, 2) + 0.5
     return {
         "nearest_code": ("nearest_code", (x, codebook, "l2", "exact", None)),
         "nearest_code, groups": ("nearest_code", (groups, books, "cosine", "exact", None)),
@@ -109,6 +114,66 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
             (books, torch.rand(3, 5), books + 1, torch.rand(3, 5), books, one * 0.9, 1e-5),
         ),
         "timestep_embedding": ("timestep_embedding", (torch.rand(5), 9, 10000.0)),
+        "ada_layer_norm": ("ada_layer_norm", (tokens, shift, scale, None, None, 1e-6, "layer")),
+        "ada_layer_norm, gradients": (
+            "ada_layer_norm",
+            (*need(*(t.clone() for t in (tokens, by_frame, scale, weight, bias))), 1e-6, "rms"),
+        ),
+        "ada_layer_norm, half": (
+            "ada_layer_norm",
+            (*need(tokens.bfloat16(), by_token.clone(), scale.half()), None, None, 1e-6, "layer"),
+        ),
+        "ada_layer_norm, strided": (
+            "ada_layer_norm",
+            (
+                tokens.transpose(0, 1),
+                torch.randn(6, 5, 2).mT,
+                scale[:1].expand(6, 5),
+                None,
+                None,
+                1e-6,
+                "layer",
+            ),
+        ),
+        "ada_layer_norm_backward": (
+            "ada_layer_norm_backward",
+            (branch, tokens, by_frame, scale, weight, bias, statistics, "layer"),
+        ),
+        "ada_layer_norm_backward, no weight": (
+            "ada_layer_norm_backward",
+            (branch, tokens, shift, by_token, None, None, statistics, "rms"),
+        ),
+        "gated_residual": ("gated_residual", (tokens, branch, gate)),
+        "gated_residual, gradients": (
+            "gated_residual",
+            need(tokens.clone(), branch.bfloat16(), by_frame.clone()),
+        ),
+        "gated_residual_backward": ("gated_residual_backward", (tokens, branch.half(), by_token)),
+        "gated_residual_ada_layer_norm": (
+            "gated_residual_ada_layer_norm",
+            (tokens, branch, gate, shift, scale, 1e-6, "rms"),
+        ),
+        "gated_residual_ada_layer_norm, gradients": (
+            "gated_residual_ada_layer_norm",
+            (
+                *need(*(t.clone() for t in (tokens, branch, gate, by_frame, by_token))),
+                1e-6,
+                "layer",
+            ),
+        ),
+        "gated_residual_ada_layer_norm_backward": (
+            "gated_residual_ada_layer_norm_backward",
+            (branch, tokens + 1, tokens, branch, gate, by_frame, by_token, statistics, "layer"),
+        ),
+        "gated_residual_ada_layer_norm_backward, one gradient": (
+            "gated_residual_ada_layer_norm_backward",
+            (branch, None, tokens, branch.half(), gate, shift, scale, statistics, "rms"),
+        ),
+        "bias_gelu": ("bias_gelu", (tokens, None, "tanh")),
+        "bias_gelu, gradients": ("bias_gelu", (*need(tokens.clone(), bias.clone()), "none")),
+        "bias_gelu, half": ("bias_gelu", (*need(tokens.mT.half(), torch.randn(6)), "tanh")),
+        "bias_gelu_backward": ("bias_gelu_backward", (branch, tokens, bias, "tanh")),
+        "bias_gelu_backward, no bias": ("bias_gelu_backward", (branch, tokens, None, "none")),
     }
 
 
@@ -175,6 +240,39 @@ def test_fake_results_are_like_real_ones(
         with mode:
             pretended = results(*faked)
         assert_same_kind(pretended, results(x, codebook, indices))
+
+
+@pytest.mark.parametrize(("stream", "other"), DTYPES)
+@pytest.mark.parametrize("shape", [(2, 6, 8), (0, 6, 8), (2, 0, 8)])
+def test_fake_modulation_is_like_real(
+    backend: str, shape: tuple[int, int, int], stream: torch.dtype, other: torch.dtype
+) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    batch, _, dim = shape
+    branch = torch.randn(shape).to(other)
+    gate, shift, scale = torch.randn(batch, 6 * dim).to(other).chunk(6, dim=1)[:3]
+
+    def results(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Any:
+        tensors = [x, branch, gate, shift, scale]
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        x, branch, gate, shift, scale = leaves
+        normed = vqkernels.ada_layer_norm(x, shift=shift, scale=scale, weight=gate.sum(0))
+        fused = vqkernels.gated_residual_ada_layer_norm(
+            x, branch, gate=gate, shift=shift, scale=scale
+        )
+        out = vqkernels.gated_residual(
+            normed, vqkernels.bias_gelu(fused[0], scale.sum(0)), gate=gate
+        )
+        return [*fused, normed, out, *torch.autograd.grad((out, *fused), leaves, [out, *fused])]
+
+    for x in (torch.randn(shape).to(stream), torch.randn(*shape[:2], 16).to(stream)[..., ::2]):
+        mode = FakeTensorMode()
+        tensors = (x, branch, gate, shift, scale)
+        faked = [mode.from_tensor(t) for t in tensors]
+        with mode:
+            pretended = results(*faked)
+        assert_same_kind(pretended, results(*tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

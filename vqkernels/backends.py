@@ -33,6 +33,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "quantize": ("cpu", "triton", "cuda"),
     "ema_update": ("cpu",),
     "timestep_embedding": ("cpu",),
+    "ada_layer_norm": ("cpu",),
+    "gated_residual": ("cpu",),
+    "gated_residual_ada_layer_norm": ("cpu",),
+    "bias_gelu": ("cpu",),
 }
 
 # Candidates in order of preference, best first, where `selection.TABLE` has no row.

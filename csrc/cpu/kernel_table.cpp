@@ -1,6 +1,9 @@
 // The table of one instruction set; the build compiles this file once for each.
 #include "kernel_table.h"
 
+#include "ada_layer_norm_backward_kernel.h"
+#include "ada_layer_norm_kernel.h"
+#include "bias_gelu_kernel.h"
 #include "code_statistics_kernel.h"
 #include "ema_update_kernel.h"
 #include "gather_codes_kernel.h"
@@ -12,11 +15,19 @@ extern "C" __attribute__((visibility("default"))) const vqkernels::KernelTable*
 vqkernels_kernel_table() {
   using namespace vqkernels;
   static const KernelTable table = {
-      kKernelTableVersion, VQKERNELS_CAPABILITY, kPanelWidth,         kTileRows,
-      kInt8Screen,         choose_frame,         pack_panels,         pack_tree,
-      hide_duplicates,     nearest_code,         gather_codes,        code_counts,
-      code_sums,           quantize_rows,        quantize_backward_x, ema_sizes,
+      kKernelTableVersion, VQKERNELS_CAPABILITY,
+      kPanelWidth,         kTileRows,
+      kInt8Screen,         choose_frame,
+      pack_panels,         pack_tree,
+      hide_duplicates,     nearest_code,
+      gather_codes,        code_counts,
+      code_sums,           quantize_rows,
+      quantize_backward_x, ema_sizes,
       ema_codes,           timestep_embedding,
+      ada_layer_norm,      ada_layer_norm_backward,
+      gated_residual,      gated_residual_backward,
+      modulation_sums,     bias_gelu,
+      bias_gelu_backward,
   };
   return &table;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "modulation_task.h"
 #include "packed_book.h"
 #include "rows.h"
 
@@ -81,6 +82,16 @@ struct KernelTable {
 
   void (*timestep_embedding)(const float* t, const double* frequencies, int64_t dim, int64_t begin,
                              int64_t end, float* out);
+
+  void (*ada_layer_norm)(const ModulatedNorm& task, int64_t row_begin, int64_t row_end);
+  void (*ada_layer_norm_backward)(const ModulatedNormBackward& task, int64_t chunk_begin,
+                                  int64_t chunk_end);
+  void (*gated_residual)(const GatedResidual& task, int64_t row_begin, int64_t row_end);
+  void (*gated_residual_backward)(const GatedResidualBackward& task, int64_t chunk_begin,
+                                  int64_t chunk_end);
+  void (*modulation_sums)(const ModulationSums& task, int64_t col_begin, int64_t col_end);
+  void (*bias_gelu)(const BiasGelu& task, int64_t row_begin, int64_t row_end);
+  void (*bias_gelu_backward)(const BiasGeluBackward& task, int64_t chunk_begin, int64_t chunk_end);
 };
 
 // A hash of these headers, from the build: objects of different builds refuse each other.

@@ -13,6 +13,11 @@ typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vu16 __attribute__((vector_size(kLanes * 2)));
 
 inline vu load_halves(const void* p) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#endif
   vu16 bits;
   std::memcpy(&bits, p, sizeof(bits));
   return __builtin_convertvector(bits, vu);
@@ -42,6 +47,12 @@ inline vf load(const half_t* p) {
 }
 
 inline void store(bfloat16_t* p, vf v) {
+#if defined(__AVX512BF16__)
+  // One instruction, which takes numbers below 2^-126 for zeros.
+  const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &narrow, sizeof(narrow));
+  return;
+#endif
   const vu bits = (vu)v;
   const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const vu is_nan = (vu)((bits & 0x7fffffff) > 0x7f800000);
@@ -74,7 +85,7 @@ inline void store_some(T* p, vf v, int64_t count) {
 
 // Calls f(column, how many) for the vectors of a row; the last one may be short.
 template <typename F>
-inline void each_vector(int64_t columns, const F& f) {
+inline __attribute__((always_inline)) void each_vector(int64_t columns, const F& f) {
   int64_t column = 0;
   for (; column + kLanes <= columns; column += kLanes) f(column, int64_t(kLanes));
   if (column < columns) f(column, columns - column);

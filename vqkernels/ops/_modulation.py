@@ -7,6 +7,12 @@ from torch import Tensor
 from vqkernels.ops._checks import check_floating, check_same_device
 
 NORMS = ("layer", "rms")
+NO_DOUBLE_BACKWARD = "a second derivative is not implemented"
+
+
+def contiguous(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A reference's results as kernels lay them out."""
+    return tuple(tensor.contiguous() for tensor in tensors)
 
 
 def check_tokens(name: str, x: Tensor) -> None:
@@ -29,12 +35,19 @@ def check_modulation(name: str, vector: Tensor, x_name: str, x: Tensor) -> None:
     check_floating(name, vector)
     check_same_device(name, vector, x_name, x)
     batch, tokens, dim = x.shape
-    accepted = f"{name} must be [{batch}, {dim}] or [{batch}, F, {dim}] to go with {x_name}"
+    # Messages are made only to be raised: while compiling, one fixes the sizes that it prints.
     if vector.dim() not in (2, 3) or vector.shape[0] != batch or vector.shape[-1] != dim:
-        raise ValueError(f"{accepted}, got shape {list(vector.shape)}")
+        raise ValueError(f"{_accepted(name, x_name, x)}, got shape {list(vector.shape)}")
     frames = 1 if vector.dim() == 2 else vector.shape[1]
     if frames == 0 or tokens % frames:
-        raise ValueError(f"{accepted}, where F divides the {tokens} tokens, got F = {frames}")
+        raise ValueError(
+            f"{_accepted(name, x_name, x)}, where F divides the {tokens} tokens, got F = {frames}"
+        )
+
+
+def _accepted(name: str, x_name: str, x: Tensor) -> str:
+    batch, _, dim = x.shape
+    return f"{name} must be [{batch}, {dim}] or [{batch}, F, {dim}] to go with {x_name}"
 
 
 def check_row(name: str, row: Tensor | None, x: Tensor) -> None:
