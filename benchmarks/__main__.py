@@ -36,7 +36,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", default="", help="comma-separated; default 1 and 2, only 1 with --quick"
     )
-    parser.add_argument("--quick", action="store_true", help="four rows, few samples")
+    parser.add_argument("--quick", action="store_true", help="a few rows of each op, few samples")
     parser.add_argument("--data", choices=DATA, default=DATA[0])
     parser.add_argument("--out", type=Path, help="the CSV; the picture goes beside it")
     return parser.parse_args(arguments)
