@@ -195,7 +195,7 @@ class ModulationCase:
     def check(self, inputs: Inputs, outputs: Mapping[str, Any]) -> dict[str, Check]:
         """At most twice eager's error and an ulp of the largest number; 2e-6 of it in fp32."""
         wide = Inputs([t.double() for t in inputs.arguments], [g.double() for g in inputs.grads])
-        exact = self._bind(OPS[self.op].eager, wide)()
+        exact = self.keep(self._bind(OPS[self.op].eager, wide)())
         errors = {
             name: [float((t.double() - e).abs().max()) for t, e in zip(output, exact, strict=True)]
             for name, output in outputs.items()
