@@ -101,8 +101,8 @@ inline void multiply_rows(const typename Words::Word* left, int64_t left_stride,
   }
 }
 
-// The right operand: `columns` numbers wide, padded to whole vectors with zeros; `steps` words long.
-// Panels of equal width (the last may be narrower) lie one after another.
+// The right operand: `columns` numbers wide, padded to whole vectors with zeros; `steps` words
+// long. Panels of equal width (the last may be narrower) lie one after another.
 struct Panels {
   float* data;
   int64_t vectors, steps, widest;  // vectors in all, words, vectors of a panel

@@ -46,3 +46,62 @@ def log_sum_exp(
     elif attn_mask is not None:
         scores = scores + attn_mask.to(wide)
     return scores.logsumexp(-1)
+
+
+def like_queries(q: Tensor, columns: int) -> Tensor:
+    """A new `[B, H, N, columns]`, with heads beside each other in memory where q has them so."""
+    batch, heads, queries, _ = q.shape
+    if q.stride(1) >= q.stride(2):
+        return q.new_empty(batch, heads, queries, columns)
+    return q.new_empty(batch, queries, heads, columns).transpose(1, 2)
+
+
+def attention_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    weights, lse = _weights(q, k, attn_mask, is_causal, scale)  # [B, H, N, M], [B, H, N]
+    values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).to(weights.dtype)
+    return like_queries(q, v.shape[-1]).copy_(weights @ values), lse.float()
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights, _ = _weights(q, k, attn_mask, is_causal, scale)
+    group = q.shape[1] // k.shape[1]
+    keys, values = (t.repeat_interleave(group, dim=1).to(weights.dtype) for t in (k, v))
+    grad, queries, out = (t.to(weights.dtype) for t in (grad, q, out))
+
+    def per_key_head(t: Tensor) -> Tensor:
+        return t.unflatten(1, (k.shape[1], group)).sum(2)
+
+    dv = per_key_head(weights.mT @ grad)
+    delta = (grad * out).sum(-1, keepdim=True)
+    scores = weights * (grad @ values.mT - delta) * scale  # the gradient of q.k, [B, H, N, M]
+    dq, dk = scores @ keys, per_key_head(scores.mT @ queries)
+    results = ((q, dq), (k, dk), (v, dv))
+    return tuple(torch.empty_like(like).copy_(value) for like, value in results)  # type: ignore[return-value]
+
+
+def _weights(
+    q: Tensor, k: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Weights and lse in float64; zeros and -inf for a query without a key."""
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).double()
+    scores = q.double() @ keys.mT * scale
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.double()
+    lse = scores.logsumexp(-1)
+    return (scores - lse.nan_to_num(neginf=0)[..., None]).exp(), lse
