@@ -250,6 +250,8 @@ def cuda_plan(out: Path) -> str:
     # Where compute-sanitizer and profilers are to name a line, the code has to know it.
     flags = "-std=c++17 -O3 -fmad=false -lineinfo -Xfatbin=-compress-all"
     flags += f" -Xcompiler=-fPIC,-fvisibility=hidden {' '.join(code)}"
+    if any(target.startswith("90a") for target in targets):
+        flags += " -DVQKERNELS_SM90A"
     objects = [
         file.compile(f"{source.stem}.cu.o", source, flags, "compile_cuda")
         for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))

@@ -13,8 +13,8 @@ from vqkernels.ops._checks import METRICS, check_choice, check_rows
 
 _OPS = torch.library.Library("vqkernels_cuda", "FRAGMENT")
 _OPS.define(
-    "nearest_code_as(Tensor x, Tensor codebook, str metric, int splits, int block_rows, int stages)"
-    " -> Tensor"
+    "nearest_code_as(Tensor x, Tensor codebook, str metric, int splits, int block_rows, int stages,"
+    " int warpgroups) -> Tensor"
 )
 _OPS.define("tensor_core_peak(Tensor like, int repeats) -> int")
 
@@ -27,17 +27,21 @@ def nearest_code(
     splits: int = 0,
     block_rows: int = 0,
     stages: int = 0,
+    warpgroups: bool | None = None,
 ) -> Tensor:
     """`vqkernels.nearest_code` on the CUDA C++ kernels, launched as asked; the same indices.
 
     Args:
         x, codebook, metric: as there; on a CUDA device, float32, float16 or bfloat16.
         splits: parts that K is searched in, side by side; 0 for as many as fill the device.
-        block_rows: rows a block, 128 or 256; 0 for the launcher's choice.
-        stages: chunks of codes on their way, 2 or 3; 0 for the launcher's choice.
+        block_rows: rows a block, 0 for the launcher's choice: 128 or 256; on warpgroups 128, or
+            192 for D of 65 to 256, 256 for fewer.
+        stages: chunks of codes on their way without warpgroups, 2 or 3; 0 for the launcher's choice.
+        warpgroups: whether to multiply by wgmma (compute capability 9.0, D to 256) or by mma.sync;
+            None for the launcher's choice.
 
     Raises:
-        RuntimeError: no CUDA object; a launch that the device has no room for.
+        RuntimeError: no CUDA object; a launch that the device has no room for, or no warpgroups.
         TypeError, ValueError: as `vqkernels.nearest_code`, and for another `block_rows`, `stages`.
     """
     check_rows("x", x, codebook)
@@ -45,14 +49,15 @@ def nearest_code(
     if splits < 0:
         raise ValueError(f"splits must be 0 or more, got {splits}")
     for name, value, accepted in (
-        ("block_rows", block_rows, (0, 128, 256)),
+        ("block_rows", block_rows, (0, 128, 192, 256)),
         ("stages", stages, (0, 2, 3)),
     ):
         if value not in accepted:
             raise ValueError(f"{name} must be one of {accepted}, got {value}")
     _check_object()
     op = torch.ops.vqkernels_cuda.nearest_code_as
-    result: Tensor = op(x, codebook, metric, splits, block_rows, stages)
+    products = {None: 0, False: 1, True: 2}[warpgroups]
+    result: Tensor = op(x, codebook, metric, splits, block_rows, stages, products)
     return result
 
 

@@ -2,6 +2,7 @@
 //
 //   prepare_codes, prepare_rows   half-precision forms, and how far off they are   prepare.h
 //   search_tiles                  candidates of every row                          search_tiles.h
+//   or search_warpgroups          the same on compute capability 9.0         search_warpgroups.h
 //   decide, resolve               the index of every row                           decide.h
 //
 // Half-precision inputs of one dtype that lie well in memory are searched as they are. Everything
@@ -13,11 +14,12 @@
 // Exact: the index is that of the least float64 distance, the lowest one among equals, whatever the
 // screen. Memory: the forms, 2 bytes an element (6 up to D = 16), and 48 bytes a row and split.
 #include <algorithm>
+#include <stdexcept>
 
 #include "decide.h"
 #include "nearest_code.h"
 #include "prepare.h"
-#include "search_tiles.h"
+#include "search_launch.h"
 
 namespace vqkernels::cuda {
 namespace {
@@ -37,9 +39,11 @@ struct Plan {
   bool direct;  // search the inputs as they are
   int terms, width;
   int tiles, splits, tiles_per_split;
+  int warpgroups;  // a block; 0: search_tiles, with the rest
   int warps_m, stages;
   bool resident;
 
+  int block_rows() const { return 64 * (warpgroups > 0 ? warpgroups : warps_m); }
   int shared_bytes() const {
     return warps_m == 2 ? SearchLayout<2>(width, stages, resident).bytes
                         : SearchLayout<4>(width, stages, resident).bytes;
@@ -69,18 +73,39 @@ void choose_shape(const NearestCode& problem, const Device& device, Plan& plan) 
   if (problem.stages > 0) plan.stages = problem.stages;
 }
 
+// How many warpgroups a block of search_warpgroups has, 0 for search_tiles: 128 rows, where the last
+// round of blocks leaves less of the device idle than with as many as the registers hold.
+int choose_warpgroups(const NearestCode& problem, const Device& device, int width) {
+  const bool possible = device.capability == 90 && warpgroups_compiled() &&
+                        width <= kWarpgroupWidth && problem.warpgroups != 1 &&
+                        (problem.x.count > 64 || problem.warpgroups == 2);
+  if (!possible) {
+    if (problem.warpgroups == 2) throw std::runtime_error("no warpgroups for this search");
+    return 0;
+  }
+  const int most = most_warpgroups(blocks_for(width, kStep));
+  if (problem.block_rows > 0) return problem.block_rows == 128 ? 2 : most;
+  const auto rounds = [&](int groups) {
+    const int64_t blocks = blocks_for(problem.x.count, 64 * groups) * problem.x.books;
+    return blocks_for(blocks, device.multiprocessors) * groups;
+  };
+  return rounds(2) < rounds(most) ? 2 : most;
+}
+
 Plan plan_for(const NearestCode& problem, const Device& device) {
   const int dim = int(problem.x.width);
-  Plan plan;
+  Plan plan{};
   plan.direct = lies_well(problem.x) && lies_well(problem.codebook) &&
                 problem.x.dtype == problem.codebook.dtype;
   plan.terms = plan.direct ? 0 : dim <= kThreeTerms ? 3 : 1;
   plan.width = plan.direct ? dim : (plan.terms * dim + kStep - 1) / kStep * kStep;
-  choose_shape(problem, device, plan);
+  plan.warpgroups = choose_warpgroups(problem, device, plan.width);
+  if (plan.warpgroups == 0) choose_shape(problem, device, plan);
 
   plan.tiles = blocks_for(problem.codebook.count, kTileCodes);
-  const int rows = blocks_for(problem.x.count, 64 * plan.warps_m) * int(problem.x.books);
-  const int together = (plan.warps_m == 2 ? 2 : 1) * device.multiprocessors;
+  const int rows = blocks_for(problem.x.count, plan.block_rows()) * int(problem.x.books);
+  const bool two_blocks = plan.warpgroups == 0 && plan.warps_m == 2;
+  const int together = (two_blocks ? 2 : 1) * device.multiprocessors;
   const int wanted = problem.splits > 0 ? problem.splits : together / rows;
   const int most = problem.splits > 0 ? plan.tiles : plan.tiles / kLeastTiles;
   plan.tiles_per_split = blocks_for(plan.tiles, std::max(1, std::min(wanted, most)));
@@ -88,21 +113,21 @@ Plan plan_for(const NearestCode& problem, const Device& device) {
   return plan;
 }
 
-template <typename Half, bool kScreen, int kWarpsM>
+template <typename Half, Form kForm, int kWarpsM>
 void launch_search(const Search& search, int shared_bytes, const Context& context) {
   const int64_t blocks =
       int64_t(blocks_for(search.rows, 64 * kWarpsM)) * search.books * search.splits;
-  VQKERNELS_LAUNCH((search_tiles<Half, kScreen, kWarpsM>), dim3(unsigned(blocks)),
+  VQKERNELS_LAUNCH((search_tiles<Half, kForm, kWarpsM>), dim3(unsigned(blocks)),
                    dim3(SearchLayout<kWarpsM>::kThreads), shared_bytes, context.stream)
   (search);
 }
 
-template <typename Half, bool kScreen>
+template <typename Half, Form kForm>
 void launch_search(const Search& search, const Plan& plan, const Context& context) {
   if (plan.warps_m == 4) {
-    launch_search<Half, kScreen, 4>(search, plan.shared_bytes(), context);
+    launch_search<Half, kForm, 4>(search, plan.shared_bytes(), context);
   } else {
-    launch_search<Half, kScreen, 2>(search, plan.shared_bytes(), context);
+    launch_search<Half, kForm, 2>(search, plan.shared_bytes(), context);
   }
 }
 
@@ -140,12 +165,15 @@ void nearest_code(const NearestCode& problem, const Context& context) {
                      dim3(kPrepareThreads), 0, context.stream)
     (codes);
   });
-  with_type(x.dtype, [&](auto type) {
-    VQKERNELS_LAUNCH((prepare_rows<typename decltype(type)::type>),
-                     dim3(blocks_for(x.count, kPrepareWarps), books), dim3(kPrepareThreads), 0,
-                     context.stream)
-    (rows);
-  });
+  // The search on warpgroups makes the terms of rows that it takes as they are.
+  if (!plan.direct || plan.warpgroups == 0) {
+    with_type(x.dtype, [&](auto type) {
+      VQKERNELS_LAUNCH((prepare_rows<typename decltype(type)::type>),
+                       dim3(blocks_for(x.count, kPrepareWarps), books), dim3(kPrepareThreads), 0,
+                       context.stream)
+      (rows);
+    });
+  }
 
   Search search{};
   search.x = plan.direct ? x.data : rows.forms;
@@ -167,12 +195,16 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   search.tiles_per_split = plan.tiles_per_split;
   search.stages = plan.stages;
   search.resident = plan.resident;
-  if (!plan.direct) {
-    launch_search<__half, true>(search, plan, context);
+  if (plan.warpgroups > 0) {
+    const Form as_is = problem.metric == Metric::cosine ? Form::scaled : Form::plain;
+    launch_warpgroups(search, plan.direct ? as_is : Form::screened, x.dtype, plan.warpgroups,
+                      context);
+  } else if (!plan.direct) {
+    launch_search<__half, Form::screened>(search, plan, context);
   } else if (x.dtype == DType::f16) {
-    launch_search<__half, false>(search, plan, context);
+    launch_search<__half, Form::scaled>(search, plan, context);
   } else {
-    launch_search<__nv_bfloat16, false>(search, plan, context);
+    launch_search<__nv_bfloat16, Form::scaled>(search, plan, context);
   }
 
   Decision decision{};

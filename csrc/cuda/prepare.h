@@ -102,7 +102,12 @@ __device__ CodeSums sums_of_code(const CodeForms& call, int book, int code) {
   return sums;
 }
 
-// Writes a code's form, by one warp; returns its terms (bias and scale are the caller's).
+// What is known of one code, as TileTerms has it of all of a tile's.
+struct CodeTerms {
+  float bias, norm, error;
+};
+
+// Writes a code's form, by one warp; returns its norm and error.
 template <typename T>
 __device__ CodeTerms write_form(const CodeForms& call, int book, int code, double inverse,
                                 float scale, bool wins, __half* form) {
@@ -137,7 +142,7 @@ __device__ CodeTerms write_form(const CodeForms& call, int book, int code, doubl
   // value itself is c' 2^-f but for one rounding.
   error = sqrtf(warp_sum(error)) * kUp + 0x1p-23f * norm + 0x1p-60f;
   if (call.terms == 3) error += kLowPart * kUp * sqrtf(warp_sum(low_norm));
-  return {0, norm + error, error, 1};
+  return {0, norm + error, error};
 }
 
 // One block a tile of codes.
@@ -175,7 +180,8 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_codes(CodeForms call)
     if (code < size) sums = sums_of_code<T>(call, book, code);
     const double norm = sqrt(sums.squares);
     const double inverse = unit && norm > 0 ? 1.0 / norm : 1.0;
-    CodeTerms terms{INFINITY, 0, 0, 0};
+    CodeTerms terms{INFINITY, 0, 0};
+    float factor = 1;
     if (call.terms > 0) {
       const int64_t row = (int64_t(book) * gridDim.x + tile) * kTileCodes + i;
       const CodeTerms written = write_form<T>(call, book, code, inverse, scale, sums.finite,
@@ -183,7 +189,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_codes(CodeForms call)
       if (sums.finite) terms = written;
     } else if (sums.finite) {
       terms.norm = (unit ? 1.0f : float(norm)) * kUp;
-      terms.scale = unit ? (norm > 0 ? float(inverse) : 0.0f) : 1.0f;
+      if (unit) factor = norm > 0 ? float(inverse) : 0.0f;
       // Products with such a code, or their factor, may leave the range of fp32.
       const bool ordinary = norm < kLargestNorm && (!unit || norm == 0 || norm > 0x1p-60);
       terms.error = ordinary ? 0.0f : INFINITY;
@@ -195,7 +201,10 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_codes(CodeForms call)
       all.norm = fmaxf(all.norm, terms.norm);
       all.error = fmaxf(all.error, terms.error);
     }
-    if (lane == 0) out.codes[i] = terms;
+    if (lane == 0) {
+      out.bias[i] = terms.bias;
+      out.factor[i] = factor;
+    }
   }
   if (lane == 0) terms_of_warp[warp] = all;
   __syncthreads();
@@ -240,15 +249,11 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(RowForms call) {
   }
   finite = __all_sync(kWholeWarp, finite);
   largest = warp_max(largest);
-  const float of_sum = kPerStep * float((call.width + kStep - 1) / kStep) + kScoreRounding;
-
+  const int steps = (call.width + kStep - 1) / kStep;
   if (call.terms == 0) {
-    norm = sqrtf(warp_sum(norm)) * kUp;
+    norm = warp_sum(norm);
     if (lane == 0) {
-      // The sum of squares has left the range: nothing is known of the norm.
-      const bool known = norm < kLargestNorm && (norm > 0x1p-60f || largest == 0);
-      call.terms_of_row[place_of_row] = {finite ? 1.0f : NAN, known ? of_sum * norm : INFINITY,
-                                         fmaxf(norm, 0x1p-100f), 0};
+      call.terms_of_row[place_of_row] = terms_of_halves(norm, finite, largest == 0, steps);
     }
     return;
   }
@@ -281,6 +286,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(RowForms call) {
     error += rest * rest;
   }
   norm = fmaxf(sqrtf(warp_sum(norm)) * kUp, 0x1p-60f);
+  const float of_sum = kPerStep * float(steps) + kScoreRounding;
   error = sqrtf(warp_sum(error)) * kUp + (0x1p-23f + of_sum) * norm + 0x1p-60f;
   if (lane == 0) {
     call.terms_of_row[place_of_row] = {finite ? down : NAN, known ? error : INFINITY, norm, 0};

@@ -13,6 +13,13 @@ __device__ __forceinline__ float element(float value) { return value; }
 __device__ __forceinline__ float element(__half value) { return __half2float(value); }
 __device__ __forceinline__ float element(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+template <typename Half>
+__device__ __forceinline__ Half half_of_bits(uint16_t bits) {
+  Half half;
+  memcpy(&half, &bits, sizeof(half));
+  return half;
+}
+
 template <typename T>
 __device__ __forceinline__ T rounded(float value);
 template <>

@@ -45,15 +45,18 @@ struct alignas(16) RowTerms {
   float unused;
 };
 
-// A code that is not finite, and the padding of the last tile, have bias = +inf.
-struct alignas(16) CodeTerms {
-  float bias;   // B
-  float norm;   // C
-  float error;  // E; +inf: not to be decided by the search
-  float scale;  // a factor of the product: 1 / |c| where codes are searched as they are
-};
+// Terms of a half-precision row that is searched as it is, from its sum of squares.
+__device__ __forceinline__ RowTerms terms_of_halves(float squares, bool finite, bool zero,
+                                                    int steps) {
+  const float norm = sqrtf(squares) * kUp;
+  // The sum of squares has left the range: nothing is known of the norm.
+  const bool known = norm < kLargestNorm && (norm > 0x1p-60f || zero);
+  const float error = (kPerStep * float(steps) + kScoreRounding) * norm;
+  return {finite ? 1.0f : NAN, known ? error : INFINITY, fmaxf(norm, 0x1p-100f), 0};
+}
 
-// One of 2^f and the largest bias, norm and error of a tile, over its finite codes.
+// 2^f and the largest bias B, norm C and error E of a tile, over its finite codes; an error of +inf
+// is not to be decided by the search.
 struct alignas(16) TileTerms {
   float scale;
   float bias;
@@ -61,14 +64,16 @@ struct alignas(16) TileTerms {
   float error;
 };
 
-// The terms of a tile lie together, for one sequence of copies.
-struct Tile {
-  CodeTerms codes[kTileCodes];
+// The terms of a tile lie together, for one sequence of copies. A code that is not finite, and the
+// padding of the last tile, have bias = +inf.
+struct alignas(16) Tile {
+  float bias[kTileCodes];
+  float factor[kTileCodes];  // of the product: 1 / |c| where codes are searched as they are
   TileTerms all;
 };
 
-// A thread of the search sees kSlotCodes codes of each tile: slot s of a tile holds the codes
-// s / 4 * 64 + n * 8 + s % 4 * 2 + j  with n < 8 and j < 2.
+// Slot s of a tile holds the codes s / 4 * 64 + n * 8 + s % 4 * 2 + j  with n < 8 and j < 2: a
+// thread of the search sees one slot, or s and s + 4.
 constexpr int kSlots = 8;
 constexpr int kSlotCodes = kTileCodes / kSlots;
 

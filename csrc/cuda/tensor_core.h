@@ -81,7 +81,80 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups_left) : "memory");
 }
 
+// Warpgroup products (sm_90a): 64 rows, 16 a warp, in registers times 64 codes in shared memory.
+// `codes` is the first of 64 rows of 128 bytes, aligned to 1024, whose 16-byte pieces are permuted
+// by the row's number as everywhere here (the 128-byte swizzle); `step` is one of its four steps of
+// 16 columns. Registers are laid out as those of mma_16816, eight tiles of d side by side.
+//
+//   warpgroup_arrive    before the first of a group: registers are written
+//   warpgroup_mma       d = a * codes, added to d where it `adds`; d and a are busy from here on
+//   warpgroup_commit    ends a group
+//   warpgroup_wait<n>   until at most n groups are unfinished
+//   settle              after the wait: d is read only below
+//   async_proxy_fence   what this thread wrote to shared memory is seen by products after a barrier
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define VQKERNELS_WARPGROUPS 1
+
+__device__ __forceinline__ void warpgroup_arrive() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void warpgroup_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int groups_left>
+__device__ __forceinline__ void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(groups_left) : "memory");
+}
+
+__device__ __forceinline__ void settle(float (&d)[32]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+__device__ __forceinline__ void async_proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The address in units of 16 bytes; 8 rows take 1024 bytes; 1 << 62: the 128-byte swizzle.
+__device__ __forceinline__ uint64_t warpgroup_operand(const void* codes, int step) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(codes)) + step * 32;
+  return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+template <typename Half>
+__device__ __forceinline__ void warpgroup_mma(float (&d)[32], const uint32_t (&a)[4],
+                                              const void* codes, int step, bool adds);
+
+#define VQKERNELS_WARPGROUP_MMA(name, type)                                                       \
+template <>                                                                                       \
+__device__ __forceinline__ void warpgroup_mma<name>(float (&d)[32], const uint32_t (&a)[4],       \
+                                                    const void* codes, int step, bool adds) {     \
+  const uint64_t at = warpgroup_operand(codes, step);                                             \
+  asm volatile(                                                                                   \
+      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"                                          \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " "                             \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
+      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                        \
+      "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"                                              \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),       \
+        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),   \
+        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),\
+        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),\
+        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                        \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at), "r"(int(adds)));                     \
+}
+
+VQKERNELS_WARPGROUP_MMA(__half, "f16")
+VQKERNELS_WARPGROUP_MMA(__nv_bfloat16, "bf16")
+#undef VQKERNELS_WARPGROUP_MMA
+
+#endif
+
 #else
+
+#define VQKERNELS_WARPGROUPS 1
 
 template <typename Half>
 inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
@@ -110,6 +183,28 @@ inline void cp_async_commit() { emulation::cp_async_commit(); }
 template <int groups_left>
 inline void cp_async_wait(emulation::Site site = emulation::Site::here()) {
   emulation::cp_async_wait(groups_left, site);
+}
+
+inline void warpgroup_arrive() {}
+
+template <typename Half>
+inline void warpgroup_mma(float (&d)[32], const uint32_t (&a)[4], const void* codes, int step,
+                          bool adds, emulation::Site site = emulation::Site::here()) {
+  static_assert(std::is_same_v<Half, __half> || std::is_same_v<Half, __nv_bfloat16>);
+  emulation::warpgroup_mma(std::is_same_v<Half, __nv_bfloat16>, d, a, codes, step, adds, site);
+}
+
+inline void warpgroup_commit() { emulation::warpgroup_commit(); }
+
+template <int groups_left>
+inline void warpgroup_wait(emulation::Site site = emulation::Site::here()) {
+  emulation::warpgroup_wait(groups_left, site);
+}
+
+inline void settle(float (&)[32]) {}
+
+inline void async_proxy_fence(emulation::Site site = emulation::Site::here()) {
+  emulation::async_proxy_fence(site);
 }
 
 #endif

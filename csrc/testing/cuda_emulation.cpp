@@ -113,6 +113,8 @@ void run_block(uint3 block) {
                     unsigned(index) / (size.x * size.y)};
     thread.open.clear();
     thread.groups.clear();
+    thread.open_products.clear();
+    thread.product_groups.clear();
     prepare_stack(index, run_thread);
   }
   memory_begin_block(engine.shared_begin, engine.configuration->shared_bytes);

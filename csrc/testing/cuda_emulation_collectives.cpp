@@ -270,4 +270,9 @@ void cp_async_wait(int groups_left, Site site) {
   }
 }
 
+void async_proxy_fence(Site site) {
+  if (is_disabled(site)) return;
+  memory_async_proxy_fence();
+}
+
 }  // namespace emulation

@@ -93,8 +93,16 @@ void mma_16816(bool bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint3
 // Fills `registers` of the running lane from `tiles` (2 or 4) tiles.
 void ldmatrix(uint32_t* registers, int tiles, const void* row, Site site);
 
+// One product of a warpgroup, for the running lane: done in a wait, until when `d` holds NaNs. Each
+// warp multiplies on its own, since it has its own rows.
+void warpgroup_mma(bool bfloat16, float (&d)[32], const uint32_t (&a)[4], const void* codes,
+                   int step, bool adds, Site site);
+void warpgroup_commit();
+void warpgroup_wait(int groups_left, Site site);
+
 // Memory ----------------------------------------------------------------------------------------
 
+void async_proxy_fence(Site site);
 void cp_async_16(void* shared, const void* global, int source_bytes, Site site);
 void cp_async_commit();
 void cp_async_wait(int groups_left, Site site);

@@ -17,6 +17,18 @@ struct Copy {
 };
 using CopyGroup = std::vector<Copy>;
 
+// A lane's part of a product of a warpgroup that is not done yet.
+struct Product {
+  bool bfloat16, adds;
+  float* d;
+  uint32_t a[4];
+  float before[32];
+  const char* codes;
+  int step;
+  Site site;
+};
+using ProductGroup = std::vector<Product>;
+
 struct Thread {
   State state = State::ready;
   uint3 index{};
@@ -26,6 +38,8 @@ struct Thread {
   void* brought = nullptr;
   CopyGroup open;
   std::vector<CopyGroup> groups;
+  ProductGroup open_products;
+  std::vector<ProductGroup> product_groups;
 };
 
 struct Engine {
@@ -75,6 +89,9 @@ void memory_barrier();
 void memory_warp_barrier(int first_thread, uint32_t mask);
 void memory_copy_issued(const void* to, size_t bytes, Site site);
 void memory_copy_arrived(const void* to, size_t bytes, Site site);
+// A read by tensor cores, which see writes to shared memory after an async_proxy_fence only.
+void memory_async_read(const void* from, size_t bytes, Site site, int thread);
+void memory_async_proxy_fence();
 bool is_shared(const void* address, size_t bytes);
 
 }  // namespace emulation

@@ -1,10 +1,11 @@
-// ldmatrix and mma.sync.m16n8k16 for all lanes of a warp at once.
+// ldmatrix, mma.sync.m16n8k16 and wgmma.m64n64k16 for all lanes of a warp at once.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "../common/dtypes.h"
-#include "cuda_emulation_core.h"
+#include "cuda_emulation_engine.h"
 
 namespace emulation {
 namespace {
@@ -63,33 +64,109 @@ float fused_sum(float accumulator, const double (&products)[8]) {
   return truncated(double(sum) * power_of_two(top - 23));
 }
 
+using Sixteen = double[16];
+
+// A lane's part of 16 rows of 16 columns.
+void place_rows(Sixteen (&rows)[16], int lane, const uint32_t* a, bool bfloat16) {
+  for (int part = 0; part < 4; ++part) {
+    for (int which = 0; which < 2; ++which) {
+      rows[lane / 4 + part % 2 * 8][lane % 4 * 2 + part / 2 * 8 + which] =
+          half_value(a[part], which, bfloat16);
+    }
+  }
+}
+
+// A lane's part of d = a b^T + c, 16 rows times 8.
+void sum_products(int lane, const Sixteen* a, const Sixteen* b, const float* c, float* d) {
+  for (int part = 0; part < 4; ++part) {
+    const int row = lane / 4 + part / 2 * 8, column = lane % 4 * 2 + part % 2;
+    float sum = c[part];
+    for (int k = 0; k < 16; k += 8) {
+      double products[8];
+      for (int step = 0; step < 8; ++step) products[step] = a[row][k + step] * b[column][k + step];
+      sum = fused_sum(sum, products);
+    }
+    d[part] = sum;
+  }
+}
+
 void multiply(void* const (&lanes)[32], int, Site) {
-  double a[16][16], b[8][16];  // b transposed
+  Sixteen a[16], b[8];
   for (int lane = 0; lane < 32; ++lane) {
     const Fragments& own = *static_cast<const Fragments*>(lanes[lane]);
-    const int group = lane / 4, column = lane % 4 * 2;
+    place_rows(a, lane, own.a, own.bfloat16);
     for (int which = 0; which < 2; ++which) {
-      for (int part = 0; part < 4; ++part) {
-        a[group + part % 2 * 8][column + part / 2 * 8 + which] =
-            half_value(own.a[part], which, own.bfloat16);
-      }
       for (int part = 0; part < 2; ++part) {
-        b[group][column + part * 8 + which] = half_value(own.b[part], which, own.bfloat16);
+        b[lane / 4][lane % 4 * 2 + part * 8 + which] =
+            half_value(own.b[part], which, own.bfloat16);
       }
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
     const Fragments& own = *static_cast<const Fragments*>(lanes[lane]);
-    for (int part = 0; part < 4; ++part) {
-      const int row = lane / 4 + part / 2 * 8, column = lane % 4 * 2 + part % 2;
-      float sum = own.c[part];
-      for (int k = 0; k < 16; k += 8) {
-        double products[8];
-        for (int step = 0; step < 8; ++step)
-          products[step] = a[row][k + step] * b[column][k + step];
-        sum = fused_sum(sum, products);
+    sum_products(lane, a, b, own.c, own.d);
+  }
+}
+
+constexpr int warpgroup_codes = 64;
+
+// 16 bytes of a code: its columns are permuted in pieces of 16 bytes by the code's number.
+const char* piece_of(const Product& product, int code, int side) {
+  return product.codes + code * 128 + (((product.step * 2 + side) ^ (code & 7)) << 4);
+}
+
+void read_codes(void* const (&lanes)[32], int first_thread, Site site) {
+  const Product& any = *static_cast<const Product*>(lanes[0]);
+  for (int code = 0; code < warpgroup_codes; ++code) {
+    for (int side = 0; side < 2; ++side) {
+      memory_async_read(piece_of(any, code, side), 16, site, first_thread);
+    }
+  }
+}
+
+// Does the products that stand at `at` of the lanes' first groups.
+void do_product(int first_thread, size_t at) {
+  const auto product_of = [&](int lane) -> const Product& {
+    return engine.threads[first_thread + lane].product_groups.front()[at];
+  };
+  const Product& any = product_of(0);
+  Sixteen a[16], b[warpgroup_codes];
+  for (int lane = 0; lane < 32; ++lane) place_rows(a, lane, product_of(lane).a, any.bfloat16);
+  for (int code = 0; code < warpgroup_codes; ++code) {
+    for (int side = 0; side < 2; ++side) {
+      uint16_t bits[8];
+      memory_async_read(piece_of(any, code, side), 16, any.site, first_thread);
+      std::memcpy(bits, piece_of(any, code, side), 16);
+      for (int i = 0; i < 8; ++i) b[code][side * 8 + i] = half_value(bits[i], 0, any.bfloat16);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const Product& own = product_of(lane);
+    const bool follows = at > 0 && product_of(lane).adds;
+    for (int tile = 0; tile < warpgroup_codes / 8; ++tile) {
+      const float none[4] = {};
+      const float* from = follows ? own.d + tile * 4 : own.adds ? own.before + tile * 4 : none;
+      sum_products(lane, a, b + tile * 8, from, own.d + tile * 4);
+    }
+  }
+}
+
+void do_groups(void* const (&lanes)[32], int first_thread, Site site) {
+  const int left = *static_cast<const int*>(lanes[0]);
+  Thread* threads = &engine.threads[first_thread];
+  while (int(threads[0].product_groups.size()) > left) {
+    for (int lane = 1; lane < 32; ++lane) {
+      if (threads[lane].product_groups.size() != threads[0].product_groups.size() ||
+          threads[lane].product_groups.front().size() !=
+              threads[0].product_groups.front().size()) {
+        return fault("divergent wgmma: lanes of a warp have issued different products",
+                     {site, nullptr}, first_thread + lane);
       }
-      own.d[part] = sum;
+    }
+    const size_t count = threads[0].product_groups.front().size();
+    for (size_t at = 0; at < count; ++at) do_product(first_thread, at);
+    for (int lane = 0; lane < 32; ++lane) {
+      threads[lane].product_groups.erase(threads[lane].product_groups.begin());
     }
   }
 }
@@ -115,6 +192,30 @@ void mma_16816(bool bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint3
                const float (&c)[4], Site site) {
   Fragments brought{bfloat16, d, a, b, c};
   collective("mma_16816", 0xffffffffu, &brought, multiply, site);
+}
+
+void warpgroup_mma(bool bfloat16, float (&d)[32], const uint32_t (&a)[4], const void* codes,
+                   int step, bool adds, Site site) {
+  if (reinterpret_cast<uintptr_t>(codes) % 1024 != 0) {
+    fault("misaligned wgmma: its codes do not begin at a multiple of 1024", {site, nullptr});
+  }
+  Product product{bfloat16, adds, d, {}, {}, static_cast<const char*>(codes), step, site};
+  std::copy_n(a, 4, product.a);
+  std::copy_n(d, 32, product.before);
+  std::fill_n(d, 32, std::numeric_limits<float>::quiet_NaN());
+  engine.threads[engine.current].open_products.push_back(product);
+  collective("wgmma", 0xffffffffu, &product, read_codes, site);
+}
+
+void warpgroup_commit() {
+  Thread& thread = engine.threads[engine.current];
+  thread.product_groups.push_back(std::move(thread.open_products));
+  thread.open_products.clear();
+}
+
+void warpgroup_wait(int groups_left, Site site) {
+  if (is_disabled(site)) return;
+  collective("wgmma wait", 0xffffffffu, &groups_left, do_groups, site);
 }
 
 void ldmatrix(uint32_t* registers, int tiles, const void* row, Site site) {

@@ -50,8 +50,11 @@ class CudaCalls:
         metric: str = "l2",
         splits: int = 0,
         weighed: Tensor | None = None,
+        block_rows: int = 0,
+        warpgroups: int = 0,
     ) -> Tensor:
-        """`weighed`: int32, one a row, gets how many codes were compared in float64."""
+        """`weighed`: int32, one a row, gets how many codes were compared in float64; `warpgroups`:
+        1 for mma.sync, 2 for wgmma."""
         indices = torch.full(x.shape[:-1], -7, dtype=torch.int64)
         self._declare_all([x, codebook], [indices, *([] if weighed is None else [weighed])])
         grouped = codebook.dim() == 3
@@ -64,6 +67,8 @@ class CudaCalls:
             _pointer(indices),
             _pointer(weighed),
             splits,
+            block_rows,
+            warpgroups,
         )
         return indices
 

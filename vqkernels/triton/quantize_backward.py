@@ -154,7 +154,7 @@ def _grad_x(
     grad = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if COMMITTED:
         elements = tl.maximum(tl.load(found_rows), 1).to(tl.float32) * D
-        factor = 2.0 * tl.load(grad_commitment).to(tl.float32) / elements
+        factor = tl.div_rn(2.0 * tl.load(grad_commitment).to(tl.float32), elements)
         codes = books + g.to(tl.int64) * book_strides[0]
         codes += tl.where(found, index, 0) * book_strides[1]
         code = tl.load(codes[:, None] + column64 * book_strides[2], mask=used, other=0.0)

@@ -281,7 +281,7 @@ def _totals(
 
     if RESIDUAL:
         elements = tl.maximum(total_rows - tl.load(starts), 1).to(tl.float32) * D
-        total = total * (2.0 * tl.load(factor).to(tl.float32) / elements)
+        total = total * tl.div_rn(2.0 * tl.load(factor).to(tl.float32), elements)
     tl.store(sums + key.to(tl.int64) * D + column.to(tl.int64), total, mask=column < D)
     if COUNTED and d_block == 0:
         if WEIGHTED:

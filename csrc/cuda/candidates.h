@@ -1,0 +1,165 @@
+// What a search keeps of a row's scores: the code that may be the best, and a bound on all others.
+//
+// A thread sees some of a tile's codes, 16 of each row that it shares with three others. It looks
+// for their maximum, one multiply-add and one maximum a score, and compares that with the best
+// lower bound that the four threads know. Only where an upper bound reaches it (the first tiles,
+// then about one tile in t) the columns are looked at one by one: the largest is named, unless
+// another one is within the uncertainty of it; then nobody is, and `open` rises to their bound.
+// Nothing is lost: a code that may be the best is either named or lies below `open`.
+#pragma once
+
+#include "search_terms.h"
+
+namespace vqkernels::cuda {
+
+constexpr int kBucket = 16;  // columns of a row that one thread folds at a time
+
+// How scores come from products: less the bias; times a code's factor, less the bias; or less the
+// bias in units of the row and the tile.
+enum class Form { plain, scaled, screened };
+
+// A thread's knowledge of its rows' candidates, in shared memory: four numbers a row and thread.
+struct CandidateState {
+  float* base;
+  int threads, slots;
+
+  static constexpr __host__ __device__ int bytes(int threads, int slots) {
+    return 4 * slots * threads * 4;
+  }
+  __device__ float& upper(int slot, int thread) const { return at(0, slot, thread); }
+  __device__ float& open(int slot, int thread) const { return at(1, slot, thread); }
+  __device__ float& lower(int slot, int thread) const { return at(2, slot, thread); }
+  __device__ int& index(int slot, int thread) const {
+    return reinterpret_cast<int&>(at(3, slot, thread));
+  }
+  __device__ void clear(int slot, int thread) const {
+    upper(slot, thread) = open(slot, thread) = -INFINITY;
+    index(slot, thread) = -1;
+  }
+
+ private:
+  __device__ float& at(int what, int slot, int thread) const {
+    return base[(what * slots + slot) * threads + thread];
+  }
+};
+
+// How far the score of a row and any code of a tile may be off, in the tile's units; +inf where
+// the search must not decide. `ratio` is 2^(f-e), or 0 where the units of tile and book lie too far
+// apart.
+__device__ __forceinline__ float uncertainty(const RowTerms& row, float ratio,
+                                             const TileTerms& tile) {
+  const bool in_range = ratio >= 0x1p-100f && ratio <= 0x1p100f;
+  const float of_bias = fmaf(ratio * kBiasError, tile.bias, kTiny);
+  return in_range ? fmaf(row.error, tile.norm, fmaf(row.norm, tile.error, of_bias)) : INFINITY;
+}
+
+// Column n * 8 + j of a bucket, n < 8 and j < 2, as the number n * 2 + j.
+__device__ __forceinline__ int column_of(int number) { return number / 2 * 8 + number % 2; }
+
+// Folds buckets of kSlots rows into the candidates. `product(slot, number)` is that of a row and a
+// column; `row_of_slot(slot)` are a row's terms; `first_column` is that of the thread's bucket in
+// the tile. Products stay as they are, since registers that a warpgroup multiplies into may not be
+// written between its products; the few scores that are looked at twice are made twice.
+template <Form kForm, int kSlots, typename Product, typename RowOfSlot>
+__device__ __forceinline__ void fold_buckets(const Product& product, const RowOfSlot& row_of_slot,
+                                             float (&lower)[kSlots], const Tile& tile,
+                                             int first_column, const CandidateState& state,
+                                             int first_code, float inverse_reference) {
+  const TileTerms all = tile.all;
+  // What is searched as it is has units of one.
+  const float unit = kForm == Form::screened ? all.scale * inverse_reference : 1.0f;
+  const bool in_range = unit >= 0x1p-100f && unit <= 0x1p100f;
+
+  float weight[kSlots];
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    weight[slot] = 1.0f;
+    if (kForm == Form::screened) {
+      weight[slot] = fminf(row_of_slot(slot).scale * all.scale, 0x1p100f);
+    }
+  }
+  const auto score = [&](int slot, int number) {
+    const int first = first_column + column_of(number & ~1);  // of two neighbours
+    const float2 biases = *reinterpret_cast<const float2*>(tile.bias + first);
+    const float bias = number % 2 == 0 ? biases.x : biases.y, value = product(slot, number);
+    if (kForm == Form::screened) return fmaf(-weight[slot], bias, value);
+    return kForm == Form::scaled ? fmaf(value, tile.factor[first + number % 2], -bias)
+                                 : value - bias;
+  };
+  float best[kSlots], of_odd[kSlots];
+#pragma unroll
+  for (int number = 0; number < kBucket; ++number) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      float& largest = number % 2 == 0 ? best[slot] : of_odd[slot];
+      const float value = score(slot, number);
+      largest = number < 2 ? value : fmaxf(largest, value);
+    }
+  }
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) best[slot] = fmaxf(best[slot], of_odd[slot]);
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const RowTerms row = row_of_slot(slot);
+    const float ratio = kForm == Form::screened ? row.scale * all.scale : 1.0f;
+    const float off = uncertainty(row, in_range ? ratio : 0.0f, all);
+    // A comparison with NaN, which an unbounded error may make, is not "below".
+    const bool below = (best[slot] + off) * unit < lower[slot];
+    if (!__any_sync(kWholeWarp, !below)) continue;
+
+    // Of two codes whose scores differ by twice the uncertainty the larger is the better one; the
+    // rest of the factor covers the rounding of this bound.
+    const float rivals_from = fmaf(-2.5f, off, best[slot]);
+    int rivals = 0, named = 0;
+#pragma unroll
+    for (int number = 0; number < kBucket; ++number) {
+      const float value = score(slot, number);
+      rivals += value >= rivals_from;
+      if (value == best[slot]) named = number;
+    }
+    const int thread = threadIdx.x;
+    const float high = off < INFINITY ? (best[slot] + off) * unit : INFINITY;
+    const float upper = state.upper(slot, thread);
+    const bool names = rivals == 1 && high > upper;
+    state.open(slot, thread) = fmaxf(state.open(slot, thread), names ? upper : high);
+    if (names) {
+      state.upper(slot, thread) = high;
+      state.index(slot, thread) = first_code + first_column + column_of(named);
+    }
+    float low = fmaxf(lower[slot], (best[slot] - off) * unit);
+    low = fmaxf(low, __shfl_xor_sync(kWholeWarp, low, 1));
+    lower[slot] = fmaxf(low, __shfl_xor_sync(kWholeWarp, low, 2));
+  }
+}
+
+// What the kThreads threads that share a row know of it, as one record. `thread_of(i)` is the
+// i-th of them, which sees the slots `slots_of(i)` of every tile.
+template <int kThreads, typename ThreadOf, typename SlotsOf>
+__device__ __forceinline__ Record record_of(const CandidateState& state, int slot,
+                                            const ThreadOf& thread_of, const SlotsOf& slots_of) {
+  Record record{-INFINITY, -INFINITY, 0, 0, {}, {}};
+#pragma unroll
+  for (int i = 0; i < kThreads; ++i) {
+    record.lower = fmaxf(record.lower, state.lower(slot, thread_of(i)));
+  }
+#pragma unroll
+  for (int i = 0; i < kThreads; ++i) {
+    const float upper = state.upper(slot, thread_of(i));
+    float open = state.open(slot, thread_of(i));
+    if (upper >= record.lower && upper > -INFINITY) {
+      if (record.count == kCandidates) open = upper;
+#pragma unroll
+      for (int at = 0; at < kCandidates; ++at) {
+        if (at != record.count) continue;
+        record.upper[at] = upper;
+        record.index[at] = state.index(slot, thread_of(i));
+      }
+      record.count = min(record.count + 1, kCandidates);
+    }
+    if (open >= record.lower) record.open_slots |= slots_of(i);
+    record.open = fmaxf(record.open, open);
+  }
+  return record;
+}
+
+}  // namespace vqkernels::cuda
