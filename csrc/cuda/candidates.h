@@ -5,7 +5,8 @@
 // lower bound that the four threads know. Only where an upper bound reaches it (the first tiles,
 // then about one tile in t) the columns are looked at one by one: the largest is named, unless
 // another one is within the uncertainty of it; then nobody is, and `open` rises to their bound.
-// Nothing is lost: a code that may be the best is either named or lies below `open`.
+// A thread keeps the two names with the largest upper bounds. Nothing is lost: a code that may be
+// the best is either named or lies below `open`.
 #pragma once
 
 #include "search_terms.h"
@@ -18,23 +19,41 @@ constexpr int kBucket = 16;  // columns of a row that one thread folds at a time
 // bias in units of the row and the tile.
 enum class Form { plain, scaled, screened };
 
-// A thread's knowledge of its rows' candidates, in shared memory: four numbers a row and thread.
+// A thread's knowledge of its rows' candidates, in shared memory: six numbers a row and thread.
+constexpr int kNames = 2;
 struct CandidateState {
   float* base;
   int threads, slots;
 
   static constexpr __host__ __device__ int bytes(int threads, int slots) {
-    return 4 * slots * threads * 4;
+    return (2 + 2 * kNames) * slots * threads * 4;
   }
-  __device__ float& upper(int slot, int thread) const { return at(0, slot, thread); }
+  __device__ float& lower(int slot, int thread) const { return at(0, slot, thread); }
   __device__ float& open(int slot, int thread) const { return at(1, slot, thread); }
-  __device__ float& lower(int slot, int thread) const { return at(2, slot, thread); }
-  __device__ int& index(int slot, int thread) const {
-    return reinterpret_cast<int&>(at(3, slot, thread));
+  __device__ float& upper(int name, int slot, int thread) const {
+    return at(2 + name, slot, thread);
+  }
+  __device__ int& index(int name, int slot, int thread) const {
+    return reinterpret_cast<int&>(at(2 + kNames + name, slot, thread));
   }
   __device__ void clear(int slot, int thread) const {
-    upper(slot, thread) = open(slot, thread) = -INFINITY;
-    index(slot, thread) = -1;
+    open(slot, thread) = -INFINITY;
+    for (int name = 0; name < kNames; ++name) {
+      upper(name, slot, thread) = -INFINITY;
+      index(name, slot, thread) = -1;
+    }
+  }
+  // Names a code, in place of the lower of two; whatever is left out stays below `open`.
+  __device__ void offer(int slot, int thread, float high, int code) const {
+    const float first = upper(0, slot, thread), second = upper(1, slot, thread);
+    open(slot, thread) = fmaxf(open(slot, thread), fminf(second, high));
+    if (!(high > second)) return;
+    const bool leads = high > first;
+    upper(1, slot, thread) = leads ? first : high;
+    index(1, slot, thread) = leads ? index(0, slot, thread) : code;
+    if (!leads) return;
+    upper(0, slot, thread) = high;
+    index(0, slot, thread) = code;
   }
 
  private:
@@ -110,21 +129,20 @@ __device__ __forceinline__ void fold_buckets(const Product& product, const RowOf
     // Of two codes whose scores differ by twice the uncertainty the larger is the better one; the
     // rest of the factor covers the rounding of this bound.
     const float rivals_from = fmaf(-2.5f, off, best[slot]);
-    int rivals = 0, named = 0;
+    unsigned rivals = 0;
 #pragma unroll
     for (int number = 0; number < kBucket; ++number) {
-      const float value = score(slot, number);
-      rivals += value >= rivals_from;
-      if (value == best[slot]) named = number;
+      if (score(slot, number) >= rivals_from) rivals |= 1u << number;
     }
     const int thread = threadIdx.x;
     const float high = off < INFINITY ? (best[slot] + off) * unit : INFINITY;
-    const float upper = state.upper(slot, thread);
-    const bool names = rivals == 1 && high > upper;
-    state.open(slot, thread) = fmaxf(state.open(slot, thread), names ? upper : high);
-    if (names) {
-      state.upper(slot, thread) = high;
-      state.index(slot, thread) = first_code + first_column + column_of(named);
+    if (!below) {
+      if (__popc(rivals) == 1) {
+        const int column = column_of(__ffs(int(rivals)) - 1);
+        state.offer(slot, thread, high, first_code + first_column + column);
+      } else {
+        state.open(slot, thread) = fmaxf(state.open(slot, thread), high);
+      }
     }
     float low = fmaxf(lower[slot], (best[slot] - off) * unit);
     low = fmaxf(low, __shfl_xor_sync(kWholeWarp, low, 1));
@@ -144,15 +162,16 @@ __device__ __forceinline__ Record record_of(const CandidateState& state, int slo
   }
 #pragma unroll
   for (int i = 0; i < kThreads; ++i) {
-    const float upper = state.upper(slot, thread_of(i));
     float open = state.open(slot, thread_of(i));
-    if (upper >= record.lower && upper > -INFINITY) {
-      if (record.count == kCandidates) open = upper;
+    for (int name = 0; name < kNames; ++name) {
+      const float upper = state.upper(name, slot, thread_of(i));
+      if (!(upper >= record.lower) || upper == -INFINITY) continue;
+      if (record.count == kCandidates) open = fmaxf(open, upper);
 #pragma unroll
       for (int at = 0; at < kCandidates; ++at) {
         if (at != record.count) continue;
         record.upper[at] = upper;
-        record.index[at] = state.index(slot, thread_of(i));
+        record.index[at] = state.index(name, slot, thread_of(i));
       }
       record.count = min(record.count + 1, kCandidates);
     }

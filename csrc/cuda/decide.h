@@ -7,7 +7,8 @@ namespace vqkernels::cuda {
 
 constexpr int kDecideThreads = 128;
 constexpr int kResolveThreads = 256;
-constexpr int kLanes = 8;  // threads that share one code
+constexpr int kResolveWarps = kResolveThreads / kWarp;
+constexpr int kLanes = 8;  // threads that share a code where there are many
 constexpr int kGroups = kResolveThreads / kLanes;
 
 struct Decision {
@@ -19,8 +20,10 @@ struct Decision {
   int64_t* indices;
   int32_t* weighed;  // optional: how many codes were compared in float64
   int splits, split_codes;
-  int* undecided;  // how many rows are in `list`
-  int32_t* list;   // book * rows + row, in any order
+  // Rows that are not decided, book * rows + row in any order: those with some candidates from the
+  // list's beginning on, those of which slots are to be searched from its end on.
+  int* undecided;  // how many there are of either
+  int32_t* list;
 };
 
 constexpr int kMostListed = 2 * kCandidates;
@@ -75,25 +78,29 @@ __global__ void __launch_bounds__(kDecideThreads) decide(Decision call) {
   if (left.count == 1 && !left.open) {
     *index = only;
   } else {
-    call.list[atomicAdd(call.undecided, 1)] = int32_t(row);
+    const int64_t last = call.x.books * call.x.count - 1;
+    const int at = atomicAdd(call.undecided + left.open, 1);
+    call.list[left.open ? last - at : at] = int32_t(row);
   }
 }
 
-// How bad a code is for a row, in float64; kLanes threads share the columns. Not finite for a code
-// that is not.
-template <typename T, typename C>
+// How bad a code is for a row, in float64; the kSharing threads that stand side by side share its
+// columns. Not finite for a code that is not.
+template <int kSharing, typename T, typename C>
 __device__ double badness(const Decision& call, const T* x, int book, int code) {
   const C* c = row_of<C>(call.codebook, book, code);
-  const int lane = threadIdx.x % kLanes;
+  const int lane = threadIdx.x % kSharing;
   double sum = 0, squares = 0;
-  for (int d = lane; d < int(call.x.width); d += kLanes) {
+#pragma unroll 4
+  for (int d = lane; d < int(call.x.width); d += kSharing) {
     const double of_x = element(x[d * call.x.col_stride]);
     const double of_c = element(c[d * call.codebook.col_stride]);
     sum += call.metric == Metric::l2 ? (of_x - of_c) * (of_x - of_c) : -of_x * of_c;
     squares += of_c * of_c;
   }
-  const unsigned sharing = ((1u << kLanes) - 1) << (threadIdx.x % kWarp / kLanes * kLanes);
-  for (int step = kLanes / 2; step > 0; step /= 2) {
+  const unsigned sharing = (kWholeWarp >> (kWarp - kSharing))
+                           << (threadIdx.x % kWarp / kSharing * kSharing);
+  for (int step = kSharing / 2; step > 0; step /= 2) {
     sum += __shfl_xor_sync(sharing, sum, step);
     squares += __shfl_xor_sync(sharing, squares, step);
   }
@@ -114,7 +121,39 @@ struct Best {
   }
 };
 
-// One block a row of the list at a time, kLanes threads a code.
+__device__ __forceinline__ void conclude(const Decision& call, int64_t row, int index,
+                                         int weighed) {
+  const int book = int(row / call.x.count), row_of_book = int(row % call.x.count);
+  call.indices[place(call.labels, call.x, book, row_of_book)] = index;
+  if (call.weighed != nullptr) call.weighed[row] = weighed;
+}
+
+// One warp a row at a time: rows with some candidates.
+template <typename T, typename C>
+__global__ void __launch_bounds__(kResolveThreads) choose(Decision call) {
+  const int warp = blockIdx.x * kResolveWarps + threadIdx.x / kWarp;
+  const int rows = call.undecided[0];
+  for (int item = warp; item < rows; item += gridDim.x * kResolveWarps) {
+    const int64_t row = call.list[item];
+    const int book = int(row / call.x.count);
+    const T* x = row_of<T>(call.x, book, int(row % call.x.count));
+    int listed[kMostListed];
+    const Left left = left_of(call, row, [&](int i, int code) {
+#pragma unroll
+      for (int at = 0; at < kMostListed; ++at) {
+        if (at == i) listed[at] = code;
+      }
+    });
+    Best best{INFINITY, -1};
+#pragma unroll
+    for (int i = 0; i < kMostListed; ++i) {
+      if (i < left.count) best.offer(badness<kWarp, T, C>(call, x, book, listed[i]), listed[i]);
+    }
+    if (threadIdx.x % kWarp == 0) conclude(call, row, best.index, left.count);
+  }
+}
+
+// One block a row at a time, kLanes threads a code: rows of which slots are to be searched.
 template <typename T, typename C>
 __global__ void __launch_bounds__(kResolveThreads) resolve(Decision call) {
   __shared__ int listed[kMostListed];
@@ -123,11 +162,11 @@ __global__ void __launch_bounds__(kResolveThreads) resolve(Decision call) {
   __shared__ int index_of_group[kGroups], weighed_by_group[kGroups];
   const int group = threadIdx.x / kLanes, size = int(call.codebook.count);
   const int64_t all_rows = call.x.books * call.x.count;
-  const int rows = *call.undecided;
+  const int rows = call.undecided[1];
   for (int item = blockIdx.x; item < rows; item += gridDim.x) {
-    const int64_t row = call.list[item];
-    const int book = int(row / call.x.count), row_of_book = int(row % call.x.count);
-    const T* x = row_of<T>(call.x, book, row_of_book);
+    const int64_t row = call.list[all_rows - 1 - item];
+    const int book = int(row / call.x.count);
+    const T* x = row_of<T>(call.x, book, int(row % call.x.count));
     if (threadIdx.x == 0) {
       left = left_of(call, row, [&](int i, int code) { listed[i] = code; });
     }
@@ -136,11 +175,11 @@ __global__ void __launch_bounds__(kResolveThreads) resolve(Decision call) {
     Best best{INFINITY, -1};
     int weighed = 0;
     const auto weigh = [&](int code) {
-      best.offer(badness<T, C>(call, x, book, code), code);
+      best.offer(badness<kLanes, T, C>(call, x, book, code), code);
       ++weighed;
     };
     for (int i = group; i < left.count; i += kGroups) weigh(listed[i]);
-    for (int split = 0; left.open && split < call.splits; ++split) {
+    for (int split = 0; split < call.splits; ++split) {
       const Record& record = call.records[split * all_rows + row];
       if (record.open < left.lower) continue;
       const uint32_t slots = left.lower == -INFINITY ? (1u << kSlots) - 1 : record.open_slots;
@@ -164,8 +203,7 @@ __global__ void __launch_bounds__(kResolveThreads) resolve(Decision call) {
       best.offer(badness_of_group[other], index_of_group[other]);
       weighed += weighed_by_group[other];
     }
-    call.indices[place(call.labels, call.x, book, row_of_book)] = best.index;
-    if (call.weighed != nullptr) call.weighed[row] = weighed;
+    conclude(call, row, best.index, weighed);
   }
 }
 

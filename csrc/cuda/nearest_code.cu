@@ -3,7 +3,7 @@
 //   prepare_codes, prepare_rows   half-precision forms, and how far off they are   prepare.h
 //   search_tiles                  candidates of every row                          search_tiles.h
 //   or search_warpgroups          the same on compute capability 9.0         search_warpgroups.h
-//   decide, resolve               the index of every row                           decide.h
+//   decide, choose, resolve       the index of every row                           decide.h
 //
 // Half-precision inputs of one dtype that lie well in memory are searched as they are. Everything
 // else (fp32, mixed, strided) is screened in fp16, which is as fast; for D <= 16 with three
@@ -73,8 +73,10 @@ void choose_shape(const NearestCode& problem, const Device& device, Plan& plan) 
   if (problem.stages > 0) plan.stages = problem.stages;
 }
 
-// How many warpgroups a block of search_warpgroups has, 0 for search_tiles: 128 rows, where the last
-// round of blocks leaves less of the device idle than with as many as the registers hold.
+// How many warpgroups a block of search_warpgroups has, 0 for search_tiles. Up to 64 columns two
+// blocks of two share a multiprocessor and drift apart, one folding while the other multiplies.
+// Beyond, as many as the registers hold, unless 128 rows a block leave less of the device idle in
+// the last round of blocks.
 int choose_warpgroups(const NearestCode& problem, const Device& device, int width) {
   const bool possible = device.capability == 90 && warpgroups_compiled() &&
                         width <= kWarpgroupWidth && problem.warpgroups != 1 &&
@@ -83,8 +85,9 @@ int choose_warpgroups(const NearestCode& problem, const Device& device, int widt
     if (problem.warpgroups == 2) throw std::runtime_error("no warpgroups for this search");
     return 0;
   }
-  const int most = most_warpgroups(blocks_for(width, kStep));
+  const int steps = blocks_for(width, kStep), most = most_warpgroups(steps);
   if (problem.block_rows > 0) return problem.block_rows == 128 ? 2 : most;
+  if (warpgroup_blocks(2, steps) == 2) return 2;
   const auto rounds = [&](int groups) {
     const int64_t blocks = blocks_for(problem.x.count, 64 * groups) * problem.x.books;
     return blocks_for(blocks, device.multiprocessors) * groups;
@@ -104,8 +107,9 @@ Plan plan_for(const NearestCode& problem, const Device& device) {
 
   plan.tiles = blocks_for(problem.codebook.count, kTileCodes);
   const int rows = blocks_for(problem.x.count, plan.block_rows()) * int(problem.x.books);
-  const bool two_blocks = plan.warpgroups == 0 && plan.warps_m == 2;
-  const int together = (two_blocks ? 2 : 1) * device.multiprocessors;
+  const int of_warpgroups = warpgroup_blocks(plan.warpgroups, blocks_for(plan.width, kStep));
+  const int blocks = plan.warpgroups > 0 ? of_warpgroups : plan.warps_m == 2 ? 2 : 1;
+  const int together = blocks * device.multiprocessors;
   const int wanted = problem.splits > 0 ? problem.splits : together / rows;
   const int most = problem.splits > 0 ? plan.tiles : plan.tiles / kLeastTiles;
   plan.tiles_per_split = blocks_for(plan.tiles, std::max(1, std::min(wanted, most)));
@@ -154,7 +158,7 @@ void nearest_code(const NearestCode& problem, const Context& context) {
                   plan.width, nullptr, nullptr,        nullptr};
   RowForms rows{x, centre, plan.terms, plan.width, nullptr, nullptr};
   codes.tiles = context.array<Tile>(x.books * plan.tiles);
-  codes.undecided = context.array<int>(1);
+  codes.undecided = context.array<int>(2);
   rows.terms_of_row = context.array<RowTerms>(all_rows);
   if (!plan.direct) {
     codes.forms = context.array<__half>(x.books * plan.tiles * kTileCodes * plan.width);
@@ -162,7 +166,7 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   }
   with_type(codebook.dtype, [&](auto type) {
     VQKERNELS_LAUNCH((prepare_codes<typename decltype(type)::type>), dim3(plan.tiles, books),
-                     dim3(kPrepareThreads), 0, context.stream)
+                     dim3(kCodeWarps * kWarp), 0, context.stream)
     (codes);
   });
   // The search on warpgroups makes the terms of rows that it takes as they are.
@@ -223,11 +227,15 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   VQKERNELS_LAUNCH(decide, dim3(blocks_for(all_rows, kDecideThreads)), dim3(kDecideThreads), 0,
                    context.stream)
   (decision);
+  const unsigned choosers = unsigned(std::min<int64_t>(blocks_for(all_rows, kResolveWarps),
+                                                       8 * context.device.multiprocessors));
   const unsigned resolvers =
-      unsigned(std::min<int64_t>(all_rows, 4 * context.device.multiprocessors));
+      unsigned(std::min<int64_t>(all_rows, 8 * context.device.multiprocessors));
   with_types(x.dtype, codebook.dtype, [&](auto row, auto code) {
     using T = typename decltype(row)::type;
     using C = typename decltype(code)::type;
+    VQKERNELS_LAUNCH((choose<T, C>), dim3(choosers), dim3(kResolveThreads), 0, context.stream)
+    (decision);
     VQKERNELS_LAUNCH((resolve<T, C>), dim3(resolvers), dim3(kResolveThreads), 0, context.stream)
     (decision);
   });

@@ -17,6 +17,7 @@ namespace vqkernels::cuda {
 
 constexpr int kPrepareThreads = 256;
 constexpr int kPrepareWarps = kPrepareThreads / kWarp;
+constexpr int kCodeWarps = 32;  // of a tile of codes
 constexpr int kMostSampled = 512;
 constexpr float kLowPart = 0x1p-10f;  // above 2^-10.9
 
@@ -63,7 +64,7 @@ struct CodeForms {
   int width;
   __half* forms;   // `[books, tiles * kTileCodes, width]`; null for terms = 0
   Tile* tiles;     // `[books, tiles]`
-  int* undecided;  // a counter to clear
+  int* undecided;  // two counters to clear
 };
 
 // One entry of a code, less the centre, and divided by the norm under cosine.
@@ -88,6 +89,7 @@ __device__ CodeSums sums_of_code(const CodeForms& call, int book, int code) {
   CodeSums sums;
   const T* at = row_of<T>(call.codebook, book, code);
   const int dim = int(call.codebook.width);
+#pragma unroll 4
   for (int d = threadIdx.x % kWarp; d < dim; d += kWarp) {
     const float entry = element(at[d * call.codebook.col_stride]);
     const float m = call.centre == nullptr ? 0.0f : call.centre[int64_t(book) * dim + d];
@@ -147,18 +149,18 @@ __device__ CodeTerms write_form(const CodeForms& call, int book, int code, doubl
 
 // One block a tile of codes.
 template <typename T>
-__global__ void __launch_bounds__(kPrepareThreads) prepare_codes(CodeForms call) {
-  __shared__ float largest_of_warp[kPrepareWarps];
-  __shared__ TileTerms terms_of_warp[kPrepareWarps];
+__global__ void __launch_bounds__(kCodeWarps * kWarp) prepare_codes(CodeForms call) {
+  __shared__ float largest_of_warp[kCodeWarps];
+  __shared__ TileTerms terms_of_warp[kCodeWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int tile = blockIdx.x, book = blockIdx.y, size = int(call.codebook.count);
   Tile& out = call.tiles[int64_t(book) * gridDim.x + tile];
-  if (tile == 0 && book == 0 && threadIdx.x == 0) *call.undecided = 0;
+  if (tile == 0 && book == 0 && threadIdx.x < 2) call.undecided[threadIdx.x] = 0;
   const bool unit = call.metric == Metric::cosine;
 
   float largest = 0;
   if (call.terms > 0) {
-    for (int i = warp; i < kTileCodes && tile * kTileCodes + i < size; i += kPrepareWarps) {
+    for (int i = warp; i < kTileCodes && tile * kTileCodes + i < size; i += kCodeWarps) {
       const CodeSums sums = sums_of_code<T>(call, book, tile * kTileCodes + i);
       if (!sums.finite) continue;
       const double norm = unit && sums.squares > 0 ? sqrt(sums.squares) : 1.0;
@@ -166,14 +168,14 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_codes(CodeForms call)
     }
     if (lane == 0) largest_of_warp[warp] = largest;
     __syncthreads();
-    for (int other = 0; other < kPrepareWarps; ++other) {
+    for (int other = 0; other < kCodeWarps; ++other) {
       largest = fmaxf(largest, largest_of_warp[other]);
     }
   }
   const float scale = call.terms > 0 && largest > 0 ? power_below(largest) : 1.0f;
 
   TileTerms all{scale, 0, 0, 0};
-  for (int i = warp; i < kTileCodes; i += kPrepareWarps) {
+  for (int i = warp; i < kTileCodes; i += kCodeWarps) {
     const int code = tile * kTileCodes + i;
     CodeSums sums;
     sums.finite = false;
@@ -209,7 +211,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_codes(CodeForms call)
   if (lane == 0) terms_of_warp[warp] = all;
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int other = 1; other < kPrepareWarps; ++other) {
+    for (int other = 1; other < kCodeWarps; ++other) {
       all.bias = fmaxf(all.bias, terms_of_warp[other].bias);
       all.norm = fmaxf(all.norm, terms_of_warp[other].norm);
       all.error = fmaxf(all.error, terms_of_warp[other].error);

@@ -11,6 +11,9 @@ constexpr int kWarpgroupWidth = 256;  // the most columns
 // Warpgroups of 64 rows a block: as many as the registers of a multiprocessor hold.
 constexpr int most_warpgroups(int steps) { return steps <= 4 ? 4 : 3; }
 
+// Blocks that share a multiprocessor.
+constexpr int warpgroup_blocks(int groups, int steps) { return groups == 2 && steps <= 4 ? 2 : 1; }
+
 // Whether this object holds code for them.
 bool warpgroups_compiled();
 

@@ -17,6 +17,7 @@
 #pragma once
 
 #include "candidates.h"
+#include "search_launch.h"
 #include "search_tiles.h"
 
 namespace vqkernels::cuda {
@@ -36,27 +37,64 @@ struct WarpgroupLayout {
   static constexpr int kStageBytes = kChunks * kChunkOfTile;
   static constexpr int kStages = kStageBytes > (48 << 10) ? 3 : 4;
   static constexpr int kTerms = kStages * kStageBytes;  // the tiles' terms, from here on
-  static constexpr int kRowTerms = kTerms + kStages * int(sizeof(Tile));
-  static constexpr int kState = kRowTerms + kRows * int(sizeof(RowTerms));
+  static constexpr int kState = kTerms + kStages * int(sizeof(Tile));
   static constexpr int kEnd = kState + CandidateState::bytes(kThreads, kSlotsOfThread);
   static constexpr int kBytes = kEnd + kSwizzleBytes;  // the start is aligned within
 };
 
-// Copies a tile of codes to a stage. Codes from `end` on and columns from `width` on become zeros.
+// Copies of tiles to stages, a warp one or more whole codes at a time. A thread copies the same piece
+// of every code that it copies.
 template <int kThreads, int kSteps>
-__device__ __forceinline__ void copy_tile(char* to, const char* from, int64_t stride, int first,
-                                          int end, int width) {
-  constexpr int kPieces = kSteps * kStep / kPiece;
-#pragma unroll
-  for (int i = threadIdx.x; i < kTileCodes * kPieces; i += kThreads) {
-    const int row = i / kPieces, piece = i % kPieces, left = width - piece * kPiece;
-    const int bytes = first + row < end && left > 0 ? min(left, kPiece) * 2 : 0;
-    const int64_t column = left > 0 ? piece * kPiece : 0;
-    const int chunk = piece / (kChunk / kPiece), of_chunk = piece % (kChunk / kPiece);
-    cp_async_16(to + (chunk * kTileCodes + row) * kChunkBytes + ((of_chunk ^ (row & 7)) << 4),
-                from + (min(first + row, end - 1) * stride + column) * 2, bytes);
+struct TileCopy {
+  static constexpr int kPieces = kSteps * kStep / kPiece;
+  static constexpr int kTogether = kThreads / kPieces, kPiecesOfChunk = kChunk / kPiece;
+  static_assert(kWarp % kPieces == 0);
+
+  const char* codes;
+  int64_t stride;  // in bytes
+  int count, piece, row;
+  bool inside;  // the piece is one of the codes'
+
+  __device__ TileCopy(const char* all_codes, const Search& call)
+      : codes(all_codes),
+        stride(call.code_stride * 2),
+        count(call.codes_count),
+        piece(threadIdx.x % kPieces),
+        row(threadIdx.x / kPieces),
+        inside(piece * kPiece < call.width) {
+    codes += piece * kPiece * 2;
   }
-}
+
+  __device__ __forceinline__ char* place(char* stage, int at) const {
+    const int chunk = piece / kPiecesOfChunk * kTileCodes * kChunkBytes;
+    return stage + chunk + at * kChunkBytes + ((piece % kPiecesOfChunk ^ (at & 7)) << 4);
+  }
+
+  // Columns that codes do not have are zeros, which no copy touches.
+  __device__ __forceinline__ void clear(char* stage) const {
+    if (inside) return;
+    for (int at = row; at < kTileCodes; at += kTogether) {
+      *reinterpret_cast<uint4*>(place(stage, at)) = uint4{0, 0, 0, 0};
+    }
+  }
+
+  // In place of codes beyond the last one the last one is copied: they have no finite bias.
+  __device__ __forceinline__ void operator()(char* stage, int first) const {
+    if (!inside) return;
+    if (first + kTileCodes <= count) {
+      const char* from = codes + (first + row) * stride;
+#pragma unroll
+      for (int at = row; at < kTileCodes; at += kTogether, from += stride * kTogether) {
+        cp_async_16(place(stage, at), from);
+      }
+    } else {
+#pragma unroll 1
+      for (int at = row; at < kTileCodes; at += kTogether) {
+        cp_async_16(place(stage, at), codes + min(first + at, count - 1) * stride);
+      }
+    }
+  }
+};
 
 // The rows `row` and row + 8 of a warp's 16, as a thread holds them.
 template <int kSteps>
@@ -110,14 +148,14 @@ __device__ __forceinline__ RowTerms terms_of(const uint32_t (&a)[kSteps][4], int
 }
 
 template <typename Half, Form kForm, int kGroups, int kSteps>
-__global__ void __launch_bounds__(kWarpgroup * kGroups, 1) search_warpgroups(Search call) {
+__global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups, kSteps))
+    search_warpgroups(Search call) {
 #ifdef VQKERNELS_WARPGROUPS
   using Layout = WarpgroupLayout<kGroups, kSteps>;
   constexpr int kRows = Layout::kRows, kThreads = Layout::kThreads, kStages = Layout::kStages;
   constexpr int kSlotsOfThread = Layout::kSlotsOfThread;
   VQKERNELS_DYNAMIC_SHARED(char, unaligned);
   char* shared = unaligned + (-reinterpret_cast<uintptr_t>(unaligned) & (kSwizzleBytes - 1));
-  RowTerms* row_terms = reinterpret_cast<RowTerms*>(shared + Layout::kRowTerms);
   const CandidateState state{reinterpret_cast<float*>(shared + Layout::kState), kThreads,
                              kSlotsOfThread};
 
@@ -132,12 +170,12 @@ __global__ void __launch_bounds__(kWarpgroup * kGroups, 1) search_warpgroups(Sea
   const int first_tile = split * call.tiles_per_split;
   const int end_tile = min(first_tile + call.tiles_per_split, call.tile_count);
 
+  const TileCopy<kThreads, kSteps> copy(codes, call);
+  for (int i = 0; i < kStages; ++i) copy.clear(shared + i * Layout::kStageBytes);
   int next = first_tile, next_stage = 0;
   const auto start_load = [&] {
     if (next < end_tile) {
-      copy_tile<kThreads, kSteps>(shared + next_stage * Layout::kStageBytes, codes,
-                                  call.code_stride, next * kTileCodes, call.codes_count,
-                                  call.width);
+      copy(shared + next_stage * Layout::kStageBytes, next * kTileCodes);
       char* to = shared + Layout::kTerms + next_stage * int(sizeof(Tile));
       const char* terms = reinterpret_cast<const char*>(tiles + next);
       for (int i = threadIdx.x * 16; i < int(sizeof(Tile)); i += kThreads * 16) {
@@ -154,23 +192,19 @@ __global__ void __launch_bounds__(kWarpgroup * kGroups, 1) search_warpgroups(Sea
   const int row_of_block = warp * 16 + lane / 4;  // and 8 rows below it
   uint32_t a[kSteps][4];
   load_rows<kSteps>(a, call, x, first_row + row_of_block);
+  RowTerms row_terms[kSlotsOfThread];
 #pragma unroll
   for (int slot = 0; slot < kSlotsOfThread; ++slot) {
     const int row = row_of_block + slot * 8;
-    RowTerms terms;
     if (kForm == Form::screened) {
-      terms = terms_of_rows[min(first_row + row, call.rows - 1)];
+      row_terms[slot] = terms_of_rows[min(first_row + row, call.rows - 1)];
     } else {
-      terms = terms_of<Half, kSteps>(a, slot);
-    }
-    if (lane % 4 == 0) {
-      row_terms[row] = terms;
-      if (kForm != Form::screened && split == 0 && first_row + row < call.rows) {
-        terms_of_rows[first_row + row] = terms;
+      row_terms[slot] = terms_of<Half, kSteps>(a, slot);
+      if (lane % 4 == 0 && split == 0 && first_row + row < call.rows) {
+        terms_of_rows[first_row + row] = row_terms[slot];
       }
     }
   }
-  __syncwarp();
   const float inverse_reference = 1.0f / tiles[0].all.scale;
   float lower[kSlotsOfThread];
 #pragma unroll
@@ -198,7 +232,7 @@ __global__ void __launch_bounds__(kWarpgroup * kGroups, 1) search_warpgroups(Sea
         [&](int slot, int number) {
           return scores[half][number / 2 * 4 + slot * 2 + number % 2];
         },
-        [&](int slot) { return row_terms[row_of_block + slot * 8]; }, lower,
+        [&](int slot) { return row_terms[slot]; }, lower,
         reinterpret_cast<const Tile*>(shared + Layout::kTerms)[stage],
         half * kHalfTile + lane % 4 * 2, state, tile * kTileCodes, inverse_reference);
   };
