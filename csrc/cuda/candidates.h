@@ -1,7 +1,7 @@
 // What a search keeps of a row's scores: the code that may be the best, and a bound on all others.
 //
 // A thread sees some of a tile's codes, 16 of each row that it shares with three others. It looks
-// for their maximum, one multiply-add and one maximum a score, and compares that with the best
+// for their largest score, one maximum a score, and compares that with the best
 // lower bound that the four threads know. Only where an upper bound reaches it (the first tiles,
 // then about one tile in t) the columns are looked at one by one: the largest is named, unless
 // another one is within the uncertainty of it; then nobody is, and `open` rises to their bound.
@@ -14,10 +14,6 @@
 namespace vqkernels::cuda {
 
 constexpr int kBucket = 16;  // columns of a row that one thread folds at a time
-
-// How scores come from products: less the bias; times a code's factor, less the bias; or less the
-// bias in units of the row and the tile.
-enum class Form { plain, scaled, screened };
 
 // A thread's knowledge of its rows' candidates, in shared memory: six numbers a row and thread.
 constexpr int kNames = 2;
@@ -63,65 +59,42 @@ struct CandidateState {
 };
 
 // How far the score of a row and any code of a tile may be off, in the tile's units; +inf where
-// the search must not decide. `ratio` is 2^(f-e), or 0 where the units of tile and book lie too far
-// apart.
-__device__ __forceinline__ float uncertainty(const RowTerms& row, float ratio,
+// the search must not decide. `weight` is w, 0 where the units of row and tile lie too far apart.
+__device__ __forceinline__ float uncertainty(const RowTerms& row, float weight,
                                              const TileTerms& tile) {
-  const bool in_range = ratio >= 0x1p-100f && ratio <= 0x1p100f;
-  const float of_bias = fmaf(ratio * kBiasError, tile.bias, kTiny);
-  return in_range ? fmaf(row.error, tile.norm, fmaf(row.norm, tile.error, of_bias)) : INFINITY;
+  float of_bias = fmaf(weight, tile.bias, kTiny);
+  if (weight < kLeastWeight) of_bias = fmaf(weight, tile.norm * tile.norm, of_bias);
+  return weight > 0 ? fmaf(row.error, tile.norm, fmaf(row.norm, tile.error, of_bias)) : INFINITY;
 }
 
 // Column n * 8 + j of a bucket, n < 8 and j < 2, as the number n * 2 + j.
 __device__ __forceinline__ int column_of(int number) { return number / 2 * 8 + number % 2; }
 
-// Folds buckets of kSlots rows into the candidates. `product(slot, number)` is that of a row and a
-// column; `row_of_slot(slot)` are a row's terms; `first_column` is that of the thread's bucket in
-// the tile. Products stay as they are, since registers that a warpgroup multiplies into may not be
-// written between its products; the few scores that are looked at twice are made twice.
-template <Form kForm, int kSlots, typename Product, typename RowOfSlot>
-__device__ __forceinline__ void fold_buckets(const Product& product, const RowOfSlot& row_of_slot,
-                                             float (&lower)[kSlots], const Tile& tile,
+// Folds buckets of kSlots rows into the candidates. `score(slot, number)` is that of a row and a
+// column, `row_of_slot(slot)` are a row's terms, `first_column` is that of the thread's bucket in
+// the tile. kScreened: of forms; what is searched as it is has units of one.
+template <bool kScreened, int kSlots, typename Score, typename RowOfSlot>
+__device__ __forceinline__ void fold_buckets(const Score& score, const RowOfSlot& row_of_slot,
+                                             float (&lower)[kSlots], const TileTerms& all,
                                              int first_column, const CandidateState& state,
                                              int first_code, float inverse_reference) {
-  const TileTerms all = tile.all;
-  // What is searched as it is has units of one.
-  const float unit = kForm == Form::screened ? all.scale * inverse_reference : 1.0f;
+  const float unit = kScreened ? all.scale * inverse_reference : 1.0f;
   const bool in_range = unit >= 0x1p-100f && unit <= 0x1p100f;
-
-  float weight[kSlots];
-#pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot) {
-    weight[slot] = 1.0f;
-    if (kForm == Form::screened) {
-      weight[slot] = fminf(row_of_slot(slot).scale * all.scale, 0x1p100f);
-    }
-  }
-  const auto score = [&](int slot, int number) {
-    const int first = first_column + column_of(number & ~1);  // of two neighbours
-    const float2 biases = *reinterpret_cast<const float2*>(tile.bias + first);
-    const float bias = number % 2 == 0 ? biases.x : biases.y, value = product(slot, number);
-    if (kForm == Form::screened) return fmaf(-weight[slot], bias, value);
-    return kForm == Form::scaled ? fmaf(value, tile.factor[first + number % 2], -bias)
-                                 : value - bias;
-  };
   float best[kSlots], of_odd[kSlots];
 #pragma unroll
   for (int number = 0; number < kBucket; ++number) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       float& largest = number % 2 == 0 ? best[slot] : of_odd[slot];
-      const float value = score(slot, number);
-      largest = number < 2 ? value : fmaxf(largest, value);
+      largest = number < 2 ? score(slot, number) : fmaxf(largest, score(slot, number));
     }
   }
 #pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot) best[slot] = fmaxf(best[slot], of_odd[slot]);
-#pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
+    best[slot] = fmaxf(best[slot], of_odd[slot]);
     const RowTerms row = row_of_slot(slot);
-    const float ratio = kForm == Form::screened ? row.scale * all.scale : 1.0f;
-    const float off = uncertainty(row, in_range ? ratio : 0.0f, all);
+    const float weight = kScreened ? bias_weight(row, all) : 1.0f;
+    const float off = uncertainty(row, in_range ? weight : 0.0f, all);
     // A comparison with NaN, which an unbounded error may make, is not "below".
     const bool below = (best[slot] + off) * unit < lower[slot];
     if (!__any_sync(kWholeWarp, !below)) continue;

@@ -5,8 +5,8 @@
 //   or search_warpgroups          the same on compute capability 9.0         search_warpgroups.h
 //   decide, choose, resolve       the index of every row                           decide.h
 //
-// Half-precision inputs of one dtype that lie well in memory are searched as they are. Everything
-// else (fp32, mixed, strided) is screened in fp16, which is as fast; for D <= 16 with three
+// Half-precision inputs of one dtype that lie well in memory are searched as they are, unless codes
+// are to be normalized. Everything else (fp32, mixed, strided) is screened in fp16, which is as fast; for D <= 16 with three
 // products side by side, so that hardly a row is left undecided. fp32 lanes would need D
 // multiply-adds for each score, 0.29 ms at D = 8 for the shapes in search_tiles.h; two tensor-core
 // steps need 0.11 ms.
@@ -99,7 +99,7 @@ Plan plan_for(const NearestCode& problem, const Device& device) {
   const int dim = int(problem.x.width);
   Plan plan{};
   plan.direct = lies_well(problem.x) && lies_well(problem.codebook) &&
-                problem.x.dtype == problem.codebook.dtype;
+                problem.x.dtype == problem.codebook.dtype && problem.metric != Metric::cosine;
   plan.terms = plan.direct ? 0 : dim <= kThreeTerms ? 3 : 1;
   plan.width = plan.direct ? dim : (plan.terms * dim + kStep - 1) / kStep * kStep;
   plan.warpgroups = choose_warpgroups(problem, device, plan.width);
@@ -117,21 +117,21 @@ Plan plan_for(const NearestCode& problem, const Device& device) {
   return plan;
 }
 
-template <typename Half, Form kForm, int kWarpsM>
+template <typename Half, bool kScreened, int kWarpsM>
 void launch_search(const Search& search, int shared_bytes, const Context& context) {
   const int64_t blocks =
       int64_t(blocks_for(search.rows, 64 * kWarpsM)) * search.books * search.splits;
-  VQKERNELS_LAUNCH((search_tiles<Half, kForm, kWarpsM>), dim3(unsigned(blocks)),
+  VQKERNELS_LAUNCH((search_tiles<Half, kScreened, kWarpsM>), dim3(unsigned(blocks)),
                    dim3(SearchLayout<kWarpsM>::kThreads), shared_bytes, context.stream)
   (search);
 }
 
-template <typename Half, Form kForm>
+template <typename Half, bool kScreened>
 void launch_search(const Search& search, const Plan& plan, const Context& context) {
   if (plan.warps_m == 4) {
-    launch_search<Half, kForm, 4>(search, plan.shared_bytes(), context);
+    launch_search<Half, kScreened, 4>(search, plan.shared_bytes(), context);
   } else {
-    launch_search<Half, kForm, 2>(search, plan.shared_bytes(), context);
+    launch_search<Half, kScreened, 2>(search, plan.shared_bytes(), context);
   }
 }
 
@@ -156,8 +156,8 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   }
   CodeForms codes{codebook,   centre,  problem.metric, plan.terms,
                   plan.width, nullptr, nullptr,        nullptr};
-  RowForms rows{x, centre, plan.terms, plan.width, nullptr, nullptr};
   codes.tiles = context.array<Tile>(x.books * plan.tiles);
+  RowForms rows{x, codes.tiles, plan.tiles, centre, plan.terms, plan.width, nullptr, nullptr};
   codes.undecided = context.array<int>(2);
   rows.terms_of_row = context.array<RowTerms>(all_rows);
   if (!plan.direct) {
@@ -200,15 +200,13 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   search.stages = plan.stages;
   search.resident = plan.resident;
   if (plan.warpgroups > 0) {
-    const Form as_is = problem.metric == Metric::cosine ? Form::scaled : Form::plain;
-    launch_warpgroups(search, plan.direct ? as_is : Form::screened, x.dtype, plan.warpgroups,
-                      context);
+    launch_warpgroups(search, !plan.direct, x.dtype, plan.warpgroups, context);
   } else if (!plan.direct) {
-    launch_search<__half, Form::screened>(search, plan, context);
+    launch_search<__half, true>(search, plan, context);
   } else if (x.dtype == DType::f16) {
-    launch_search<__half, Form::scaled>(search, plan, context);
+    launch_search<__half, false>(search, plan, context);
   } else {
-    launch_search<__nv_bfloat16, Form::scaled>(search, plan, context);
+    launch_search<__nv_bfloat16, false>(search, plan, context);
   }
 
   Decision decision{};

@@ -21,6 +21,10 @@ constexpr int kCodeWarps = 32;  // of a tile of codes
 constexpr int kMostSampled = 512;
 constexpr float kLowPart = 0x1p-10f;  // above 2^-10.9
 
+// The dtype of a bias' parts beside codes that are searched as they are; fp32 never is.
+template <typename T>
+using HalfOf = std::conditional_t<std::is_same_v<T, float>, __half, T>;
+
 // A vector in the middle of a book: for each column the median over kPrepareWarps means, of at most
 // kMostSampled codes together. Any vector would do; this one is not drawn away by a few outliers. A
 // block has 32 columns, a warp every eighth sampled code.
@@ -60,7 +64,7 @@ struct CodeForms {
   Rows codebook;
   const float* centre;  // null: m = 0
   Metric metric;
-  int terms;  // products side by side: 1 or 3; 0: codes are searched as they are
+  int terms;  // products side by side: 1 or 3; 0: codes are searched as they are, not for cosine
   int width;
   __half* forms;   // `[books, tiles * kTileCodes, width]`; null for terms = 0
   Tile* tiles;     // `[books, tiles]`
@@ -106,7 +110,7 @@ __device__ CodeSums sums_of_code(const CodeForms& call, int book, int code) {
 
 // What is known of one code, as TileTerms has it of all of a tile's.
 struct CodeTerms {
-  float bias, norm, error;
+  float norm, error;
 };
 
 // Writes a code's form, by one warp; returns its norm and error.
@@ -144,7 +148,29 @@ __device__ CodeTerms write_form(const CodeForms& call, int book, int code, doubl
   // value itself is c' 2^-f but for one rounding.
   error = sqrtf(warp_sum(error)) * kUp + 0x1p-23f * norm + 0x1p-60f;
   if (call.terms == 3) error += kLowPart * kUp * sqrtf(warp_sum(low_norm));
-  return {0, norm + error, error};
+  return {norm + error, error};
+}
+
+// Writes the parts of -bias of code i of a tile, by one warp; returns what they leave of it, +inf
+// where they cannot hold it. A bias of +inf is one.
+template <typename Half, bool kScreened>
+__device__ float write_bias(Tile& tile, int i, double bias) {
+  const int lane = threadIdx.x % kWarp;
+  const bool finite = bias < double(INFINITY);
+  double rest = finite ? bias : 0;
+  float part_of_lane = !finite && lane == 0 ? -INFINITY : 0.0f;
+#pragma unroll
+  for (int part = 0; part < kBiasParts; ++part) {
+    constexpr float kNone = 0.0f;
+    const float multiplier = bias_multiplier<Half, kScreened>(part);
+    if (multiplier == kNone || !finite) continue;
+    const float value = element(rounded<Half>(float(rest / multiplier)));
+    if (!is_finite(value)) return INFINITY;
+    rest -= double(value) * multiplier;
+    if (lane == part) part_of_lane = -value;
+  }
+  if (lane < kStep) tile.bias[bias_at(i, lane)] = bits_of(rounded<Half>(part_of_lane));
+  return fabsf(float(rest));
 }
 
 // One block a tile of codes.
@@ -182,30 +208,28 @@ __global__ void __launch_bounds__(kCodeWarps * kWarp) prepare_codes(CodeForms ca
     if (code < size) sums = sums_of_code<T>(call, book, code);
     const double norm = sqrt(sums.squares);
     const double inverse = unit && norm > 0 ? 1.0 / norm : 1.0;
-    CodeTerms terms{INFINITY, 0, 0};
-    float factor = 1;
+    CodeTerms terms{0, 0};
+    double bias = double(INFINITY);
     if (call.terms > 0) {
       const int64_t row = (int64_t(book) * gridDim.x + tile) * kTileCodes + i;
       const CodeTerms written = write_form<T>(call, book, code, inverse, scale, sums.finite,
                                               call.forms + row * call.width);
       if (sums.finite) terms = written;
     } else if (sums.finite) {
-      terms.norm = (unit ? 1.0f : float(norm)) * kUp;
-      if (unit) factor = norm > 0 ? float(inverse) : 0.0f;
-      // Products with such a code, or their factor, may leave the range of fp32.
-      const bool ordinary = norm < kLargestNorm && (!unit || norm == 0 || norm > 0x1p-60);
-      terms.error = ordinary ? 0.0f : INFINITY;
+      terms.norm = float(norm) * kUp;
+      // Products with such a code may leave the range of fp32.
+      terms.error = norm < kLargestNorm ? 0.0f : INFINITY;
     }
     if (sums.finite) {
-      const double half_square = sums.squares / 2 / (double(scale) * scale);
-      terms.bias = call.metric == Metric::l2 ? float(fmin(half_square, 3.0e38)) : 0.0f;
-      all.bias = fmaxf(all.bias, terms.bias);
+      bias = call.metric == Metric::l2 ? sums.squares / 2 / (double(scale) * scale) : 0.0;
+    }
+    const float rest = call.terms > 0 ? write_bias<__half, true>(out, i, bias)
+                                      : write_bias<HalfOf<T>, false>(out, i, bias);
+    if (sums.finite) {
+      if (!is_finite(rest)) terms.error = INFINITY;
+      all.bias = fmaxf(all.bias, (kPerStep * float(fmin(bias, 3.0e38)) + fminf(rest, 1)) * kUp);
       all.norm = fmaxf(all.norm, terms.norm);
       all.error = fmaxf(all.error, terms.error);
-    }
-    if (lane == 0) {
-      out.bias[i] = terms.bias;
-      out.factor[i] = factor;
     }
   }
   if (lane == 0) terms_of_warp[warp] = all;
@@ -222,6 +246,8 @@ __global__ void __launch_bounds__(kCodeWarps * kWarp) prepare_codes(CodeForms ca
 
 struct RowForms {
   Rows x;
+  const Tile* tiles;  // `[books, tile_count]`; for forms
+  int tile_count;
   const float* centre;
   int terms;
   int width;
@@ -261,7 +287,10 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(RowForms call) {
   }
 
   const bool known = finite && is_finite(largest);
-  const float scale = largest > 0 ? power_below(largest) : 1.0f, down = 1.0f / scale;
+  // A row that is far shorter than codes is left small beside them, so that halves hold w.
+  const float least = call.tiles[int64_t(book) * call.tile_count].all.scale * 0x1p-12f;
+  const float scale = fmaxf(largest > 0 ? power_below(largest) : 1.0f, least);
+  const float down = 1.0f / scale;
   __half* form = call.forms + place_of_row * call.width;
   float error = 0;
   norm = 0;
@@ -288,7 +317,7 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(RowForms call) {
     error += rest * rest;
   }
   norm = fmaxf(sqrtf(warp_sum(norm)) * kUp, 0x1p-60f);
-  const float of_sum = kPerStep * float(steps) + kScoreRounding;
+  const float of_sum = kPerStep * float(steps + 1);
   error = sqrtf(warp_sum(error)) * kUp + (0x1p-23f + of_sum) * norm + 0x1p-60f;
   if (lane == 0) {
     call.terms_of_row[place_of_row] = {finite ? down : NAN, known ? error : INFINITY, norm, 0};

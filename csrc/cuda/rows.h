@@ -20,6 +20,13 @@ __device__ __forceinline__ Half half_of_bits(uint16_t bits) {
   return half;
 }
 
+template <typename Half>
+__device__ __forceinline__ uint16_t bits_of(Half half) {
+  uint16_t bits;
+  memcpy(&bits, &half, sizeof(bits));
+  return bits;
+}
+
 template <typename T>
 __device__ __forceinline__ T rounded(float value);
 template <>

@@ -17,8 +17,8 @@ constexpr int warpgroup_blocks(int groups, int steps) { return groups == 2 && st
 // Whether this object holds code for them.
 bool warpgroups_compiled();
 
-// `groups`: 2, or the most; `half`: of rows and codes that are searched as they are.
-void launch_warpgroups(const Search& search, Form form, DType half, int groups,
+// `groups`: 2, or the most; `half`: of rows and codes that are searched as they are, not screened.
+void launch_warpgroups(const Search& search, bool screened, DType half, int groups,
                        const Context& context);
 
 }  // namespace vqkernels::cuda

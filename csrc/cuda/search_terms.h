@@ -12,17 +12,24 @@
 //
 //   |x' 2^-e - x^| <= dx,   |c' 2^-f - c^| <= E,   |x' 2^-e| <= X,   |c^| <= C,
 //
-// Cauchy and Schwarz give |x'.c' 2^-(e+f) - x^.c^| <= dx C + X E. The tensor core adds its products
-// in blocks of 8, aligned to the largest and cut off at 24 bits (Fasi, Higham, Mikaitis, Pranesh,
-// "Numerical behavior of NVIDIA tensor cores", 2021): 9 terms and one result, each off by at most
-// 2^-23 of X C, twice in each step of 16. So a score in units of 2^(e+f),
+// Cauchy and Schwarz give |x'.c' 2^-(e+f) - x^.c^| <= dx C + X E. The bias B = |c'|^2 / 2 2^(-2f)
+// goes through the products too, since a subtraction for each score costs more than one more
+// tensor-core step: -B is the sum of parts times multipliers, the parts stand beside the code's
+// form, the multipliers times w = 2^(f-e) beside the row's. What the parts leave of B is R.
 //
-//   s = x^.c^ - B 2^(f-e),   B = |c'|^2 / 2 2^(-2f),
+// The tensor core adds its products in blocks of 8, aligned to the largest and cut off at 24 bits
+// (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", 2021): 9 terms and
+// one result, each off by at most 2^-23 of the largest sum, twice in each step of 16. That is X C,
+// in the last step, the bias', X C + w B. So a score in units of 2^(e+f),
 //
-// is off by at most  (dx + (kPerStep * steps + kScoreRounding) X) C + X E + kBiasError * B 2^(f-e)
-// + kTiny. The measured norms are rounded up by kUp. Forms of three terms (few dimensions) follow
-// in prepare.h. Half-precision inputs that are searched as they are have e = f = m = 0, dx = E = 0.
+//   s = x^.c^ - B w,
+//
+// is off by at most  (dx + kPerStep (steps + 1) X) C + X E + w (kPerStep B + R) + kTiny. The
+// measured norms are rounded up by kUp. Forms of three terms (few dimensions) follow in prepare.h.
+// Half-precision inputs that are searched as they are have e = f = m = 0, dx = E = 0.
 #pragma once
+
+#include <type_traits>
 
 #include "rows.h"
 
@@ -31,16 +38,14 @@ namespace vqkernels::cuda {
 constexpr int kTileCodes = 128;  // codes of a tile
 constexpr int kStep = 16;        // columns of one tensor-core step
 
-constexpr float kPerStep = 20.5f / 8388608.0f;  // 20 of 2^-23, and its own rounding
-constexpr float kScoreRounding = 0x1p-22f;      // a factor, the bias, the bound itself: 2^-24 each
-constexpr float kBiasError = 0x1p-21f;
+constexpr float kPerStep = 21.0f / 8388608.0f;  // 20 of 2^-23, and the bound's own rounding
 constexpr float kUp = 1.0f + 0x1p-10f;
 constexpr float kTiny = 0x1p-118f;       // products below the range of fp32
 constexpr float kLargestNorm = 0x1p60f;  // beyond it a sum of products may overflow
 
 struct alignas(16) RowTerms {
   float scale;  // 2^-e; NaN for a row that is not finite
-  float error;  // dx + kPerStep * steps * X; +inf: not to be decided by the search
+  float error;  // dx + kPerStep (steps + 1) X; +inf: not to be decided by the search
   float norm;   // X, at least 2^-100
   float unused;
 };
@@ -51,12 +56,12 @@ __device__ __forceinline__ RowTerms terms_of_halves(float squares, bool finite, 
   const float norm = sqrtf(squares) * kUp;
   // The sum of squares has left the range: nothing is known of the norm.
   const bool known = norm < kLargestNorm && (norm > 0x1p-60f || zero);
-  const float error = (kPerStep * float(steps) + kScoreRounding) * norm;
+  const float error = kPerStep * float(steps + 1) * norm;
   return {finite ? 1.0f : NAN, known ? error : INFINITY, fmaxf(norm, 0x1p-100f), 0};
 }
 
-// 2^f and the largest bias B, norm C and error E of a tile, over its finite codes; an error of +inf
-// is not to be decided by the search.
+// 2^f and the largest kPerStep B + R, C and E of a tile, over its finite codes; an error of +inf is
+// not to be decided by the search.
 struct alignas(16) TileTerms {
   float scale;
   float bias;
@@ -64,13 +69,49 @@ struct alignas(16) TileTerms {
   float error;
 };
 
-// The terms of a tile lie together, for one sequence of copies. A code that is not finite, and the
-// padding of the last tile, have bias = +inf.
+// What is multiplied with a tile besides its codes, 16 columns for each: parts of the bias. Eight
+// codes' first 8 columns lie together, then their last 8 (`bias_at`). A code that is not finite,
+// and the padding of the last tile, have a bias of +inf.
 struct alignas(16) Tile {
-  float bias[kTileCodes];
-  float factor[kTileCodes];  // of the product: 1 / |c| where codes are searched as they are
+  uint16_t bias[kTileCodes * kStep];
   TileTerms all;
 };
+
+__host__ __device__ constexpr int bias_at(int code, int column) {
+  return code / 8 * 8 * kStep + column / 8 * 64 + code % 8 * 8 + column % 8;
+}
+
+// Multipliers of a bias' parts: for a row that is searched as it is, of its dtype, and for forms,
+// with w. Range and precision of three halves, and of four bfloat16, reach 2^-32 of any bias that
+// can be (2^-37 at least); one that is larger has an error of +inf.
+constexpr int kBiasParts = 4;
+template <typename Half, bool kScreened>
+__host__ __device__ constexpr float bias_multiplier(int part) {
+  if (std::is_same_v<Half, __nv_bfloat16>) return 1.0f;
+  if (kScreened) return part < 3 ? 1.0f : 0.0f;
+  return part == 0 ? 0x1p12f : part == 1 ? 1.0f : part == 2 ? 0x1p-12f : 0.0f;
+}
+
+// A row's multipliers as one thread holds them in a tensor-core step, columns 2t and 2t + 1.
+template <typename Half, bool kScreened>
+__device__ __forceinline__ uint32_t bias_pair(float weight) {
+  const int first = threadIdx.x % 4 * 2;
+  if (first >= kBiasParts) return 0;
+  const float low = first == 0 ? bias_multiplier<Half, kScreened>(0)
+                               : bias_multiplier<Half, kScreened>(2);
+  const float high = first == 0 ? bias_multiplier<Half, kScreened>(1)
+                                : bias_multiplier<Half, kScreened>(3);
+  return bits_of(rounded<Half>(low * weight)) |
+         uint32_t(bits_of(rounded<Half>(high * weight))) << 16;
+}
+
+// w of a row and a tile of forms, a power of two; 0 where the search must not decide. Halves hold
+// it from kLeastWeight on; below, the bias is left out, and is all error.
+constexpr float kLeastWeight = 0x1p-24f;
+__device__ __forceinline__ float bias_weight(const RowTerms& row, const TileTerms& tile) {
+  const float weight = row.scale * tile.scale;
+  return weight >= 0x1p-100f && weight <= 0x1p15f ? weight : 0.0f;
+}
 
 // Slot s of a tile holds the codes s / 4 * 64 + n * 8 + s % 4 * 2 + j  with n < 8 and j < 2: a
 // thread of the search sees one slot, or s and s + 4.

@@ -4,14 +4,13 @@
 // TFLOP/s that wgmma has; 64 minima and 128 multiply-adds a cycle), N = 65536, K = 16384:
 //
 //   tensor     2 N K W / 640 TFLOP/s: 0.21 ms at W = 64, 0.86 ms at W = 256
-//   epilogue   one multiply-add and one maximum a score, the maximum at half rate: 0.072 ms. It
-//   runs
-//              beside the products of the other block on the multiprocessor.
+//   epilogue   one maximum a score, at half rate: 0.072 ms, beside the products of the other block
+//              on the multiprocessor
 //   bytes      the book once for every block of rows out of L2: K W 2 bytes * N / 128, 4.3 GB at
 //              W = 256, 0.8 ms at 5.5 TB/s: level with the tensor cores, half of that with 256 rows
 //
-// So a score costs the products, one multiply-add and one maximum; no index is carried
-// (candidates.h).
+// So a score costs the products and one maximum; no index is carried (candidates.h), and the bias is
+// one more tensor-core step (search_terms.h).
 //
 // A block has 64 * kWarpsM rows and tiles of 128 codes, a warp 64 x 64 scores. Rows of up to
 // kResident chunks of 64 columns stay in shared memory; chunks of codes (and of longer rows) come
@@ -87,6 +86,20 @@ __device__ __forceinline__ void copy_chunk(char* to, const char* from, int64_t s
 struct Fragments {
   uint32_t rows[4][4], codes[4][4];
 
+  // The step of the bias: `multipliers` are those of a thread's rows, eight apart.
+  __device__ __forceinline__ void load_bias(const uint32_t (&multipliers)[8], const Tile& tile,
+                                            int first_code) {
+    const int lane = threadIdx.x % kWarp;
+    const int code = first_code + lane % 8 + lane / 16 * 8, column = lane / 8 % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      rows[i][0] = multipliers[2 * i];
+      rows[i][1] = multipliers[2 * i + 1];
+      rows[i][2] = rows[i][3] = 0;
+      ldmatrix_x4(codes[i], tile.bias + bias_at(code + i * 16, column));
+    }
+  }
+
   __device__ __forceinline__ void load(const char* from_rows, const char* from_codes, int step) {
     const int lane = threadIdx.x % kWarp;
     // Rows of A come as (low rows, high rows) x (low columns, high columns), codes the other way.
@@ -150,7 +163,7 @@ struct Position {
   }
 };
 
-template <typename Half, Form kForm, int kWarpsM>
+template <typename Half, bool kScreened, int kWarpsM>
 __global__ void __launch_bounds__(kWarp * kWarpsM * kWarpsN, kWarpsM == 2 ? 2 : 1)
     search_tiles(Search call) {
   using Layout = SearchLayout<kWarpsM>;
@@ -232,11 +245,21 @@ __global__ void __launch_bounds__(kWarp * kWarpsM * kWarpsN, kWarpsM == 2 ? 2 : 
     if (now.chunk < layout.chunks - 1) continue;
 
     const Tile& tile = *reinterpret_cast<const Tile*>(stage + layout.stage_tile);
-    fold_buckets<kForm>(
+    const auto row_of_slot = [&](int slot) { return row_terms[warp_row + slot * 8 + lane / 4]; };
+    uint32_t multipliers[kRowSlots];
+#pragma unroll
+    for (int slot = 0; slot < kRowSlots; ++slot) {
+      multipliers[slot] = bias_pair<Half, kScreened>(
+          kScreened ? bias_weight(row_of_slot(slot), tile.all) : 1.0f);
+    }
+    Fragments of_bias;
+    of_bias.load_bias(multipliers, tile, warp_code);
+    of_bias.multiply<Half>(scores);
+    fold_buckets<kScreened>(
         [&](int slot, int number) {
           return scores[slot / 2][number / 2][slot % 2 * 2 + number % 2];
         },
-        [&](int slot) { return row_terms[warp_row + slot * 8 + lane / 4]; }, lower, tile,
+        row_of_slot, lower, tile.all,
         warp_code + lane % 4 * 2, state, now.tile * kTileCodes, inverse_reference);
 #pragma unroll
     for (int m = 0; m < 4; ++m) {

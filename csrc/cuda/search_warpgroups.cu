@@ -5,37 +5,37 @@
 namespace vqkernels::cuda {
 namespace {
 
-template <typename Half, Form kForm, int kGroups, int kSteps>
+template <typename Half, bool kScreened, int kGroups, int kSteps>
 void launch(const Search& search, const Context& context) {
   using Layout = WarpgroupLayout<kGroups, kSteps>;
   const int64_t blocks =
       int64_t(blocks_for(search.rows, Layout::kRows)) * search.books * search.splits;
-  VQKERNELS_LAUNCH((search_warpgroups<Half, kForm, kGroups, kSteps>), dim3(unsigned(blocks)),
+  VQKERNELS_LAUNCH((search_warpgroups<Half, kScreened, kGroups, kSteps>), dim3(unsigned(blocks)),
                    dim3(Layout::kThreads), Layout::kBytes, context.stream)
   (search);
 }
 
-template <typename Half, Form kForm, int kSteps>
+template <typename Half, bool kScreened, int kSteps>
 void launch(const Search& search, int groups, const Context& context) {
   constexpr int kMost = most_warpgroups(kSteps);
   if (groups != kMost) {
-    launch<Half, kForm, 2, kSteps>(search, context);
+    launch<Half, kScreened, 2, kSteps>(search, context);
   } else {
-    launch<Half, kForm, kMost, kSteps>(search, context);
+    launch<Half, kScreened, kMost, kSteps>(search, context);
   }
 }
 
-template <typename Half, Form kForm>
+template <typename Half, bool kScreened>
 void launch(const Search& search, int groups, const Context& context) {
   const int steps = blocks_for(search.width, kStep);
   if (steps <= 2) {
-    launch<Half, kForm, 2>(search, groups, context);
+    launch<Half, kScreened, 2>(search, groups, context);
   } else if (steps <= 4) {
-    launch<Half, kForm, 4>(search, groups, context);
+    launch<Half, kScreened, 4>(search, groups, context);
   } else if (steps <= 8) {
-    launch<Half, kForm, 8>(search, groups, context);
+    launch<Half, kScreened, 8>(search, groups, context);
   } else {
-    launch<Half, kForm, 16>(search, groups, context);
+    launch<Half, kScreened, 16>(search, groups, context);
   }
 }
 
@@ -49,16 +49,14 @@ bool warpgroups_compiled() {
 #endif
 }
 
-void launch_warpgroups(const Search& search, Form form, DType half, int groups,
+void launch_warpgroups(const Search& search, bool screened, DType half, int groups,
                        const Context& context) {
-  if (form == Form::screened) {
-    launch<__half, Form::screened>(search, groups, context);
+  if (screened) {
+    launch<__half, true>(search, groups, context);
   } else if (half == DType::f16) {
-    form == Form::plain ? launch<__half, Form::plain>(search, groups, context)
-                        : launch<__half, Form::scaled>(search, groups, context);
+    launch<__half, false>(search, groups, context);
   } else {
-    form == Form::plain ? launch<__nv_bfloat16, Form::plain>(search, groups, context)
-                        : launch<__nv_bfloat16, Form::scaled>(search, groups, context);
+    launch<__nv_bfloat16, false>(search, groups, context);
   }
 }
 

@@ -4,7 +4,7 @@
 // K = 16384:
 //
 //   tensor     2 N K W / 780 TFLOP/s: 0.18 ms at W = 64, 0.70 ms at W = 256
-//   epilogue   one multiply-add and one maximum a score, the maximum at half rate: 0.074 ms
+//   epilogue   one maximum a score, at half rate: 0.074 ms
 //   bytes      the book once for every block of 192 rows out of L2 at W = 256: 2.9 GB, 0.5 ms
 //
 // A warpgroup has 64 rows and keeps them in registers for good: products read only codes from
@@ -147,7 +147,7 @@ __device__ __forceinline__ RowTerms terms_of(const uint32_t (&a)[kSteps][4], int
   return terms_of_halves(squares, finite != 0, zero != 0, kSteps);
 }
 
-template <typename Half, Form kForm, int kGroups, int kSteps>
+template <typename Half, bool kScreened, int kGroups, int kSteps>
 __global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups, kSteps))
     search_warpgroups(Search call) {
 #ifdef VQKERNELS_WARPGROUPS
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups,
 #pragma unroll
   for (int slot = 0; slot < kSlotsOfThread; ++slot) {
     const int row = row_of_block + slot * 8;
-    if (kForm == Form::screened) {
+    if (kScreened) {
       row_terms[slot] = terms_of_rows[min(first_row + row, call.rows - 1)];
     } else {
       row_terms[slot] = terms_of<Half, kSteps>(a, slot);
@@ -214,8 +214,16 @@ __global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups,
   }
 
   float scores[2][32];
+  const Tile* terms_of_stage = reinterpret_cast<const Tile*>(shared + Layout::kTerms);
   const auto multiply = [&](int half, int stage) {
     const char* of_half = shared + stage * Layout::kStageBytes + half * kHalfTile * kChunkBytes;
+    const Tile& tile = terms_of_stage[stage];
+    uint32_t multipliers[4] = {};
+#pragma unroll
+    for (int slot = 0; slot < kSlotsOfThread; ++slot) {
+      multipliers[slot] = bias_pair<Half, kScreened>(
+          kScreened ? bias_weight(row_terms[slot], tile.all) : 1.0f);
+    }
     warpgroup_arrive();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -224,16 +232,18 @@ __global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups,
                           of_half + step / kPerChunk * Layout::kChunkOfTile, step % kPerChunk,
                           step > 0);
     }
+    warpgroup_mma_packed<Half>(scores[half], multipliers,
+                               tile.bias + bias_at(half * kHalfTile, 0));
     warpgroup_commit();
   };
   const auto fold = [&](int half, int stage, int tile) {
     settle(scores[half]);
-    fold_buckets<kForm>(
+    fold_buckets<kScreened>(
         [&](int slot, int number) {
           return scores[half][number / 2 * 4 + slot * 2 + number % 2];
         },
         [&](int slot) { return row_terms[slot]; }, lower,
-        reinterpret_cast<const Tile*>(shared + Layout::kTerms)[stage],
+        terms_of_stage[stage].all,
         half * kHalfTile + lane % 4 * 2, state, tile * kTileCodes, inverse_reference);
   };
 

@@ -93,6 +93,8 @@ __device__ __forceinline__ void cp_async_wait() {
 //
 //   warpgroup_arrive    before the first of a group: registers are written
 //   warpgroup_mma       d = a * codes, added to d where it `adds`; d and a are busy from here on
+//   warpgroup_mma_packed  d += a * codes of 16 columns: of eight codes the first 8 columns lie
+//                       together in 128 bytes, then their last 8, then the next eight codes
 //   warpgroup_commit    ends a group
 //   warpgroup_wait<n>   until at most n groups are unfinished
 //   settle              after the wait: d is read only below
@@ -128,15 +130,21 @@ __device__ __forceinline__ uint64_t warpgroup_operand(const void* codes, int ste
   return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
+// Without a swizzle: the two halves of eight codes' 16 columns stand 128 bytes apart, the next eight
+// codes 256.
+__device__ __forceinline__ uint64_t packed_operand(const void* codes) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(codes));
+  return uint64_t(address >> 4) | uint64_t(128 >> 4) << 16 | uint64_t(256 >> 4) << 32;
+}
+
 template <typename Half>
 __device__ __forceinline__ void warpgroup_mma(float (&d)[32], const uint32_t (&a)[4],
-                                              const void* codes, int step, bool adds);
+                                              uint64_t codes, bool adds);
 
 #define VQKERNELS_WARPGROUP_MMA(name, type)                                                       \
 template <>                                                                                       \
 __device__ __forceinline__ void warpgroup_mma<name>(float (&d)[32], const uint32_t (&a)[4],       \
-                                                    const void* codes, int step, bool adds) {     \
-  const uint64_t at = warpgroup_operand(codes, step);                                             \
+                                                    uint64_t codes, bool adds) {                  \
   asm volatile(                                                                                   \
       "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"                                          \
       "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " "                             \
@@ -148,12 +156,24 @@ __device__ __forceinline__ void warpgroup_mma<name>(float (&d)[32], const uint32
         "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),\
         "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),\
         "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                        \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(at), "r"(int(adds)));                     \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(codes), "r"(int(adds)));                  \
 }
 
 VQKERNELS_WARPGROUP_MMA(__half, "f16")
 VQKERNELS_WARPGROUP_MMA(__nv_bfloat16, "bf16")
 #undef VQKERNELS_WARPGROUP_MMA
+
+template <typename Half>
+__device__ __forceinline__ void warpgroup_mma(float (&d)[32], const uint32_t (&a)[4],
+                                              const void* codes, int step, bool adds) {
+  warpgroup_mma<Half>(d, a, warpgroup_operand(codes, step), adds);
+}
+
+template <typename Half>
+__device__ __forceinline__ void warpgroup_mma_packed(float (&d)[32], const uint32_t (&a)[4],
+                                                     const void* codes) {
+  warpgroup_mma<Half>(d, a, packed_operand(codes), true);
+}
 
 #endif
 
@@ -197,6 +217,14 @@ inline void warpgroup_mma(float (&d)[32], const uint32_t (&a)[4], const void* co
                           bool adds, emulation::Site site = emulation::Site::here()) {
   static_assert(std::is_same_v<Half, __half> || std::is_same_v<Half, __nv_bfloat16>);
   emulation::warpgroup_mma(std::is_same_v<Half, __nv_bfloat16>, d, a, codes, step, adds, site);
+}
+
+template <typename Half>
+inline void warpgroup_mma_packed(float (&d)[32], const uint32_t (&a)[4], const void* codes,
+                                 emulation::Site site = emulation::Site::here()) {
+  static_assert(std::is_same_v<Half, __half> || std::is_same_v<Half, __nv_bfloat16>);
+  emulation::warpgroup_mma(std::is_same_v<Half, __nv_bfloat16>, d, a, codes,
+                           emulation::packed_codes, true, site);
 }
 
 inline void warpgroup_commit() { emulation::warpgroup_commit(); }

@@ -94,7 +94,8 @@ void mma_16816(bool bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint3
 void ldmatrix(uint32_t* registers, int tiles, const void* row, Site site);
 
 // One product of a warpgroup, for the running lane: done in a wait, until when `d` holds NaNs. Each
-// warp multiplies on its own, since it has its own rows.
+// warp multiplies on its own, since it has its own rows. `step`: of codes in rows of 128 bytes.
+constexpr int packed_codes = -1;  // as a step: codes of 16 columns, eight by eight
 void warpgroup_mma(bool bfloat16, float (&d)[32], const uint32_t (&a)[4], const void* codes,
                    int step, bool adds, Site site);
 void warpgroup_commit();

@@ -112,6 +112,9 @@ constexpr int warpgroup_codes = 64;
 
 // 16 bytes of a code: its columns are permuted in pieces of 16 bytes by the code's number.
 const char* piece_of(const Product& product, int code, int side) {
+  if (product.step == packed_codes) {
+    return product.codes + code / 8 * 256 + side * 128 + code % 8 * 16;
+  }
   return product.codes + code * 128 + (((product.step * 2 + side) ^ (code & 7)) << 4);
 }
 
@@ -196,8 +199,10 @@ void mma_16816(bool bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint3
 
 void warpgroup_mma(bool bfloat16, float (&d)[32], const uint32_t (&a)[4], const void* codes,
                    int step, bool adds, Site site) {
-  if (reinterpret_cast<uintptr_t>(codes) % 1024 != 0) {
-    fault("misaligned wgmma: its codes do not begin at a multiple of 1024", {site, nullptr});
+  const int alignment = step == packed_codes ? 16 : 1024;
+  if (reinterpret_cast<uintptr_t>(codes) % alignment != 0) {
+    fault("misaligned wgmma: its codes do not begin at a multiple of " + std::to_string(alignment),
+          {site, nullptr});
   }
   Product product{bfloat16, adds, d, {}, {}, static_cast<const char*>(codes), step, site};
   std::copy_n(a, 4, product.a);
