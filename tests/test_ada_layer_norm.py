@@ -5,16 +5,24 @@ All vectors are random: gates that start at zero would hide every error behind t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from _helpers.modulation import (
+    eager_fused,
+    eager_gate,
+    eager_norm,
+    our_fused,
+    our_gate,
+    our_norm,
+    randn,
+    vector,
+)
 from _helpers.precision import forward_and_backward, judge
 from torch import Tensor
 from torch.nn import functional as F
 
 import vqkernels
-from vqkernels import ada_layer_norm, gated_residual, gated_residual_ada_layer_norm
+from vqkernels import ada_layer_norm, gated_residual_ada_layer_norm
 
 every_capability = pytest.mark.every_capability
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,78 +35,6 @@ SHAPES = [(1, 1, 3), (2, 3, 5), (3, 12, 70), (2, 140, 33), (1, 67, 384), (2, 5, 
 
 def frames_of(tokens: int) -> list[int | None]:
     return [None, 1, tokens] if tokens < 12 else [None, tokens, 4 if tokens % 4 == 0 else 1]
-
-
-def randn(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape).to(dtype)
-
-
-def vector(batch: int, frames: int | None, dim: int, dtype: torch.dtype) -> Tensor:
-    return (
-        randn(batch, dim, dtype=dtype) if frames is None else randn(batch, frames, dim, dtype=dtype)
-    )
-
-
-def spread(vector: Tensor, tokens: int) -> Tensor:
-    """A vector for each token, from the definition."""
-    if vector.dim() == 2:
-        vector = vector[:, None]
-    return vector.repeat_interleave(tokens // vector.shape[1], dim=1)
-
-
-def normalize(
-    x: Tensor, norm: str, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
-    if norm == "layer":
-        normed = F.layer_norm(x, x.shape[-1:], weight, None, 1e-6)
-    else:
-        normed = F.rms_norm(x, x.shape[-1:], weight, 1e-6)
-    return normed if bias is None else normed + bias
-
-
-def eager_norm(norm: str) -> Callable[..., Tensor]:
-    def function(x: Tensor, shift: Tensor, scale: Tensor, *affine: Tensor) -> Tensor:
-        tokens = x.shape[1]
-        return normalize(x, norm, *affine) * (1 + spread(scale, tokens)) + spread(shift, tokens)
-
-    return function
-
-
-def our_norm(norm: str) -> Callable[..., Tensor]:
-    def function(x: Tensor, shift: Tensor, scale: Tensor, *affine: Tensor) -> Tensor:
-        weight, bias = affine or (None, None)
-        return ada_layer_norm(x, shift=shift, scale=scale, weight=weight, bias=bias, norm=norm)
-
-    return function
-
-
-def eager_gate(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    return residual + spread(gate, x.shape[1]) * x
-
-
-def our_gate(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    return gated_residual(residual, x, gate=gate)
-
-
-def eager_fused(norm: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def function(
-        residual: Tensor, x: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        stream = eager_gate(residual, x, gate)
-        return eager_norm(norm)(stream, shift, scale), stream
-
-    return function
-
-
-def our_fused(norm: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    def function(
-        residual: Tensor, x: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return gated_residual_ada_layer_norm(
-            residual, x, gate=gate, shift=shift, scale=scale, norm=norm
-        )
-
-    return function
 
 
 @every_capability

@@ -32,11 +32,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "code_statistics": ("cpu", "triton"),
     "quantize": ("cpu", "triton", "cuda"),
     "ema_update": ("cpu",),
-    "timestep_embedding": ("cpu",),
-    "ada_layer_norm": ("cpu",),
-    "gated_residual": ("cpu",),
-    "gated_residual_ada_layer_norm": ("cpu",),
-    "bias_gelu": ("cpu",),
+    "timestep_embedding": ("cpu", "triton"),
+    "ada_layer_norm": ("cpu", "triton"),
+    "gated_residual": ("cpu", "triton"),
+    "gated_residual_ada_layer_norm": ("cpu", "triton"),
+    "bias_gelu": ("cpu", "triton"),
 }
 
 # Candidates in order of preference, best first, where `selection.TABLE` has no row.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from modulation_launches import LAUNCHES as _MODULATION
+from modulation_launches import ONES as _MODULATION_ONES
 
 from vqkernels.triton import (
     code_statistics,
@@ -155,6 +157,7 @@ _ONES = (
         "ones",
         lambda: quantize_backward_x(None, _empty(), _ONE_ROW, _ONE_ROW, _ONE_LABEL, "none"),
     ),
+    *_MODULATION_ONES,
 )
 _MORE: dict[int, tuple[tuple[str, str, Any], ...]] = {
     80: (_SPLITS, _STRIDED),
@@ -198,4 +201,5 @@ _OTHERS: tuple[tuple[str, str, Any], ...] = (
     ("_grad_x", "both", _backward(FP16, True, True)),
     ("_grad_x", "passed", _backward(FP32, True, False)),
     ("_grad_x", "committed", _backward(BF16, False, True)),
+    *_MODULATION,
 )

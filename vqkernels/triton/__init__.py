@@ -11,25 +11,43 @@ from types import ModuleType
 from typing import Any
 
 _HOME = {
+    "ada_layer_norm": "ada_layer_norm",
+    "ada_layer_norm_backward": "ada_layer_norm_backward",
     "attention": "attention",
     "attention_backward": "attention_backward",
+    "bias_gelu": "bias_gelu",
+    "bias_gelu_backward": "bias_gelu",
     "code_statistics": "code_statistics",
+    "gated_residual": "gated_residual",
+    "gated_residual_ada_layer_norm": "gated_residual_ada_layer_norm",
+    "gated_residual_ada_layer_norm_backward": "gated_residual_ada_layer_norm",
+    "gated_residual_backward": "gated_residual",
     "gather_codes": "gather_codes",
     "nearest_code": "nearest_code",
     "quantize": "quantize",
     "quantize_backward_codebook": "quantize_backward",
     "quantize_backward_x": "quantize_backward",
+    "timestep_embedding": "timestep_embedding",
 }
 
 __all__ = [
+    "ada_layer_norm",
+    "ada_layer_norm_backward",
     "attention",
     "attention_backward",
+    "bias_gelu",
+    "bias_gelu_backward",
     "code_statistics",
+    "gated_residual",
+    "gated_residual_ada_layer_norm",
+    "gated_residual_ada_layer_norm_backward",
+    "gated_residual_backward",
     "gather_codes",
     "nearest_code",
     "quantize",
     "quantize_backward_codebook",
     "quantize_backward_x",
+    "timestep_embedding",
 ]
 
 
