@@ -3,10 +3,10 @@
 // A thread sees some of a tile's codes, 16 of each row that it shares with three others. It looks
 // for their largest score, one maximum a score, and compares that with the best
 // lower bound that the four threads know. Only where an upper bound reaches it (the first tiles,
-// then about one tile in t) the columns are looked at one by one: the largest is named, unless
-// another one is within the uncertainty of it; then nobody is, and `open` rises to their bound.
-// A thread keeps the two names with the largest upper bounds. Nothing is lost: a code that may be
-// the best is either named or lies below `open`.
+// then about one tile in t) the columns are looked at one by one: those within the uncertainty of
+// the largest are named, unless there are more than two; then nobody is, and `open` rises to their
+// bound. A thread keeps the two names with the largest upper bounds. Nothing is lost: a code that
+// may be the best is either named or not above `open`.
 #pragma once
 
 #include "search_terms.h"
@@ -110,11 +110,14 @@ __device__ __forceinline__ void fold_buckets(const Score& score, const RowOfSlot
     const int thread = threadIdx.x;
     const float high = off < INFINITY ? (best[slot] + off) * unit : INFINITY;
     if (!below) {
-      if (__popc(rivals) == 1) {
-        const int column = column_of(__ffs(int(rivals)) - 1);
-        state.offer(slot, thread, high, first_code + first_column + column);
-      } else {
+      const int count = __popc(rivals);
+      if (count > kNames || count == 0) {
         state.open(slot, thread) = fmaxf(state.open(slot, thread), high);
+      } else {
+        for (; rivals != 0; rivals &= rivals - 1) {
+          const int column = column_of(__ffs(int(rivals)) - 1);
+          state.offer(slot, thread, high, first_code + first_column + column);
+        }
       }
     }
     float low = fmaxf(lower[slot], (best[slot] - off) * unit);

@@ -6,8 +6,9 @@
 namespace vqkernels::cuda {
 
 constexpr int kDecideThreads = 128;
-constexpr int kResolveThreads = 256;
-constexpr int kResolveWarps = kResolveThreads / kWarp;
+constexpr int kChooseThreads = 256;
+constexpr int kChooseWarps = kChooseThreads / kWarp;
+constexpr int kResolveThreads = 1024;
 constexpr int kLanes = 8;  // threads that share a code where there are many
 constexpr int kGroups = kResolveThreads / kLanes;
 
@@ -56,7 +57,7 @@ __device__ __forceinline__ Left left_of(const Decision& call, int64_t row, const
     }
   }
   // Bounds that are not numbers decide nothing.
-  const bool unknown = !is_finite(left.lower) || left.count > kMostListed || left.count == 0;
+  const bool unknown = !is_finite(left.lower) || left.count > kMostListed;
   if (unknown) left = {-INFINITY, true, 0};
   left.open = unknown || !(open < left.lower);
   return left;
@@ -130,10 +131,10 @@ __device__ __forceinline__ void conclude(const Decision& call, int64_t row, int 
 
 // One warp a row at a time: rows with some candidates.
 template <typename T, typename C>
-__global__ void __launch_bounds__(kResolveThreads) choose(Decision call) {
-  const int warp = blockIdx.x * kResolveWarps + threadIdx.x / kWarp;
+__global__ void __launch_bounds__(kChooseThreads) choose(Decision call) {
+  const int warp = blockIdx.x * kChooseWarps + threadIdx.x / kWarp;
   const int rows = call.undecided[0];
-  for (int item = warp; item < rows; item += gridDim.x * kResolveWarps) {
+  for (int item = warp; item < rows; item += gridDim.x * kChooseWarps) {
     const int64_t row = call.list[item];
     const int book = int(row / call.x.count);
     const T* x = row_of<T>(call.x, book, int(row % call.x.count));

@@ -225,14 +225,14 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   VQKERNELS_LAUNCH(decide, dim3(blocks_for(all_rows, kDecideThreads)), dim3(kDecideThreads), 0,
                    context.stream)
   (decision);
-  const unsigned choosers = unsigned(std::min<int64_t>(blocks_for(all_rows, kResolveWarps),
+  const unsigned choosers = unsigned(std::min<int64_t>(blocks_for(all_rows, kChooseWarps),
                                                        8 * context.device.multiprocessors));
   const unsigned resolvers =
-      unsigned(std::min<int64_t>(all_rows, 8 * context.device.multiprocessors));
+      unsigned(std::min<int64_t>(all_rows, 2 * context.device.multiprocessors));
   with_types(x.dtype, codebook.dtype, [&](auto row, auto code) {
     using T = typename decltype(row)::type;
     using C = typename decltype(code)::type;
-    VQKERNELS_LAUNCH((choose<T, C>), dim3(choosers), dim3(kResolveThreads), 0, context.stream)
+    VQKERNELS_LAUNCH((choose<T, C>), dim3(choosers), dim3(kChooseThreads), 0, context.stream)
     (decision);
     VQKERNELS_LAUNCH((resolve<T, C>), dim3(resolvers), dim3(kResolveThreads), 0, context.stream)
     (decision);
