@@ -155,13 +155,18 @@ void nearest_code(const NearestCode& problem, const Context& context) {
     });
   }
   CodeForms codes{codebook,   centre,  problem.metric, plan.terms,
-                  plan.width, nullptr, nullptr,        nullptr};
+                  plan.width, 0,       nullptr,        nullptr,
+                  nullptr};
   codes.tiles = context.array<Tile>(x.books * plan.tiles);
   RowForms rows{x, codes.tiles, plan.tiles, centre, plan.terms, plan.width, nullptr, nullptr};
   codes.undecided = context.array<int>(2);
   rows.terms_of_row = context.array<RowTerms>(all_rows);
+  codes.chunks = plan.warpgroups > 0 ? warpgroup_chunks(plan.width) : 0;
+  const int code_columns = codes.chunks > 0 ? codes.chunks * kChunk : plan.width;
+  if (!plan.direct || codes.chunks > 0) {
+    codes.forms = context.array<uint16_t>(x.books * plan.tiles * kTileCodes * code_columns);
+  }
   if (!plan.direct) {
-    codes.forms = context.array<__half>(x.books * plan.tiles * kTileCodes * plan.width);
     rows.forms = context.array<__half>(all_rows * plan.width);
   }
   with_type(codebook.dtype, [&](auto type) {
@@ -183,10 +188,11 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   search.x = plan.direct ? x.data : rows.forms;
   search.x_stride = plan.direct ? x.strides[0] : plan.width;
   search.x_book = plan.direct ? x.book_stride : x.count * plan.width;
-  search.codes = plan.direct ? codebook.data : codes.forms;
-  search.code_stride = plan.direct ? codebook.strides[0] : plan.width;
+  const bool of_book = codes.forms == nullptr;
+  search.codes = of_book ? codebook.data : codes.forms;
+  search.code_stride = of_book ? codebook.strides[0] : plan.width;
   search.code_book =
-      plan.direct ? codebook.book_stride : int64_t(plan.tiles) * kTileCodes * plan.width;
+      of_book ? codebook.book_stride : int64_t(plan.tiles) * kTileCodes * code_columns;
   search.row_terms = rows.terms_of_row;
   search.tiles = codes.tiles;
   search.records = context.array<Record>(plan.splits * all_rows);

@@ -66,7 +66,8 @@ struct CodeForms {
   Metric metric;
   int terms;  // products side by side: 1 or 3; 0: codes are searched as they are, not for cosine
   int width;
-  __half* forms;   // `[books, tiles * kTileCodes, width]`; null for terms = 0
+  int chunks;      // 0: forms are rows of `width` columns; else tiles as search_warpgroups reads them
+  uint16_t* forms;  // halves, `[books, tiles * kTileCodes, width]`; null where the book itself is read
   Tile* tiles;     // `[books, tiles]`
   int* undecided;  // two counters to clear
 };
@@ -108,6 +109,21 @@ __device__ CodeSums sums_of_code(const CodeForms& call, int book, int code) {
   return sums;
 }
 
+// Where the columns of one code's form lie.
+struct FormOfCode {
+  uint16_t* forms;
+  int64_t tile;  // of all books'
+  int code, width, chunks;
+
+  __device__ int columns() const { return chunks > 0 ? chunks * kChunk : width; }
+  __device__ uint16_t& operator()(int column) const {
+    if (chunks == 0) return forms[(tile * kTileCodes + code) * width + column];
+    const int64_t chunk = tile * chunks + column / kChunk;
+    const int piece = column % kChunk / kPiece ^ (code & 7);
+    return forms[(chunk * kTileCodes + code) * kChunk + piece * kPiece + column % kPiece];
+  }
+};
+
 // What is known of one code, as TileTerms has it of all of a tile's.
 struct CodeTerms {
   float norm, error;
@@ -116,14 +132,14 @@ struct CodeTerms {
 // Writes a code's form, by one warp; returns its norm and error.
 template <typename T>
 __device__ CodeTerms write_form(const CodeForms& call, int book, int code, double inverse,
-                                float scale, bool wins, __half* form) {
+                                float scale, bool wins, const FormOfCode& form) {
   const T* at = row_of<T>(call.codebook, book, code);
   const int dim = int(call.codebook.width);
   const float down = 1.0f / scale;
   float norm = 0, error = 0, low_norm = 0;
-  for (int d = threadIdx.x % kWarp; d < call.width; d += kWarp) {
+  for (int d = threadIdx.x % kWarp; d < form.columns(); d += kWarp) {
     if (d >= dim) {
-      if (d >= call.terms * dim) form[d] = __float2half_rn(0.0f);
+      if (d >= call.terms * dim) form(d) = 0;
       continue;
     }
     float value = 0;
@@ -133,11 +149,11 @@ __device__ CodeTerms write_form(const CodeForms& call, int book, int code, doubl
     }
     const __half high = __float2half_rn(value);
     float rest = value - __half2float(high);
-    form[d] = high;
+    form(d) = bits_of(high);
     if (call.terms == 3) {
       const __half low = __float2half_rn(rest);
-      form[dim + d] = high;
-      form[2 * dim + d] = low;
+      form(dim + d) = bits_of(high);
+      form(2 * dim + d) = bits_of(low);
       low_norm += __half2float(low) * __half2float(low);
       rest -= __half2float(low);
     }
@@ -149,6 +165,17 @@ __device__ CodeTerms write_form(const CodeForms& call, int book, int code, doubl
   error = sqrtf(warp_sum(error)) * kUp + 0x1p-23f * norm + 0x1p-60f;
   if (call.terms == 3) error += kLowPart * kUp * sqrtf(warp_sum(low_norm));
   return {norm + error, error};
+}
+
+// A code as it is, by one warp; -1: zeros.
+template <typename T>
+__device__ void copy_code(const CodeForms& call, int book, int code, const FormOfCode& form) {
+  if constexpr (!std::is_same_v<T, float>) {
+    const T* at = row_of<T>(call.codebook, book, max(code, 0));
+    for (int d = threadIdx.x % kWarp; d < form.columns(); d += kWarp) {
+      form(d) = code >= 0 && d < int(call.codebook.width) ? bits_of(at[d]) : uint16_t(0);
+    }
+  }
 }
 
 // Writes the parts of -bias of code i of a tile, by one warp; returns what they leave of it, +inf
@@ -208,14 +235,17 @@ __global__ void __launch_bounds__(kCodeWarps * kWarp) prepare_codes(CodeForms ca
     if (code < size) sums = sums_of_code<T>(call, book, code);
     const double norm = sqrt(sums.squares);
     const double inverse = unit && norm > 0 ? 1.0 / norm : 1.0;
+    const FormOfCode form{call.forms, int64_t(book) * gridDim.x + tile, i, call.width,
+                          call.chunks};
     CodeTerms terms{0, 0};
     double bias = double(INFINITY);
     if (call.terms > 0) {
-      const int64_t row = (int64_t(book) * gridDim.x + tile) * kTileCodes + i;
-      const CodeTerms written = write_form<T>(call, book, code, inverse, scale, sums.finite,
-                                              call.forms + row * call.width);
+      const CodeTerms written = write_form<T>(call, book, code, inverse, scale, sums.finite, form);
       if (sums.finite) terms = written;
-    } else if (sums.finite) {
+    } else {
+      if (call.chunks > 0) copy_code<T>(call, book, code < size ? code : -1, form);
+    }
+    if (call.terms == 0 && sums.finite) {
       terms.norm = float(norm) * kUp;
       // Products with such a code may leave the range of fp32.
       terms.error = norm < kLargestNorm ? 0.0f : INFINITY;

@@ -14,6 +14,9 @@ constexpr int most_warpgroups(int steps) { return steps <= 4 ? 4 : 3; }
 // Blocks that share a multiprocessor.
 constexpr int warpgroup_blocks(int groups, int steps) { return groups == 2 && steps <= 4 ? 2 : 1; }
 
+// Chunks of 64 columns that a form of `width` columns is padded to.
+inline int warpgroup_chunks(int width) { return (width + kChunk - 1) / kChunk; }
+
 // Whether this object holds code for them.
 bool warpgroups_compiled();
 

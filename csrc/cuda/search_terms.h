@@ -37,6 +37,8 @@ namespace vqkernels::cuda {
 
 constexpr int kTileCodes = 128;  // codes of a tile
 constexpr int kStep = 16;        // columns of one tensor-core step
+constexpr int kChunk = 64;       // columns that lie together in shared memory
+constexpr int kPiece = 8;        // columns of 16 bytes
 
 constexpr float kPerStep = 21.0f / 8388608.0f;  // 20 of 2^-23, and the bound's own rounding
 constexpr float kUp = 1.0f + 0x1p-10f;

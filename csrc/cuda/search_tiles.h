@@ -23,8 +23,6 @@
 
 namespace vqkernels::cuda {
 
-constexpr int kChunk = 64;    // columns a stage
-constexpr int kPiece = 8;     // columns of 16 bytes
 constexpr int kResident = 4;  // chunks of a row that stay in shared memory
 constexpr int kWarpsN = 2;    // warps side by side over a tile's codes
 constexpr int kRowSlots = 8;  // rows of which a thread holds scores

@@ -34,6 +34,8 @@ void launch(const Search& search, int groups, const Context& context) {
     launch<Half, kScreened, 4>(search, groups, context);
   } else if (steps <= 8) {
     launch<Half, kScreened, 8>(search, groups, context);
+  } else if (steps <= 12) {
+    launch<Half, kScreened, 12>(search, groups, context);
   } else {
     launch<Half, kScreened, 16>(search, groups, context);
   }

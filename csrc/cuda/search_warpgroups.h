@@ -10,8 +10,9 @@
 // A warpgroup has 64 rows and keeps them in registers for good: products read only codes from
 // shared memory, which at 64 codes a product takes half of its rate. Its scores of a tile of 128
 // codes are two halves, and one half is folded (candidates.h) while the products of the other run.
-// Codes come through a ring of cp.async stages of whole tiles, of 64 columns by 64 columns, in the
-// layout that products read: 16-byte pieces permuted by the row's number.
+// Codes come through a ring of stages of whole tiles, which lie in global memory as products read
+// them from shared memory: 64 columns by 64 columns, 16-byte pieces permuted by the row's number. So
+// one thread starts one copy a tile, and no fence has to make it seen.
 //
 // Half-precision rows that are searched as they are have their terms made here, from the registers.
 #pragma once
@@ -35,65 +36,12 @@ struct WarpgroupLayout {
   static constexpr int kChunks = (kSteps * kStep + kChunk - 1) / kChunk;
   static constexpr int kChunkOfTile = kTileCodes * kChunkBytes;
   static constexpr int kStageBytes = kChunks * kChunkOfTile;
-  static constexpr int kStages = kStageBytes > (48 << 10) ? 3 : 4;
+  static constexpr int kStages = kStageBytes < (48 << 10) ? 4 : 3;
   static constexpr int kTerms = kStages * kStageBytes;  // the tiles' terms, from here on
-  static constexpr int kState = kTerms + kStages * int(sizeof(Tile));
+  static constexpr int kBarriers = kTerms + kStages * int(sizeof(Tile));
+  static constexpr int kState = kBarriers + kStages * 8;
   static constexpr int kEnd = kState + CandidateState::bytes(kThreads, kSlotsOfThread);
   static constexpr int kBytes = kEnd + kSwizzleBytes;  // the start is aligned within
-};
-
-// Copies of tiles to stages, a warp one or more whole codes at a time. A thread copies the same piece
-// of every code that it copies.
-template <int kThreads, int kSteps>
-struct TileCopy {
-  static constexpr int kPieces = kSteps * kStep / kPiece;
-  static constexpr int kTogether = kThreads / kPieces, kPiecesOfChunk = kChunk / kPiece;
-  static_assert(kWarp % kPieces == 0);
-
-  const char* codes;
-  int64_t stride;  // in bytes
-  int count, piece, row;
-  bool inside;  // the piece is one of the codes'
-
-  __device__ TileCopy(const char* all_codes, const Search& call)
-      : codes(all_codes),
-        stride(call.code_stride * 2),
-        count(call.codes_count),
-        piece(threadIdx.x % kPieces),
-        row(threadIdx.x / kPieces),
-        inside(piece * kPiece < call.width) {
-    codes += piece * kPiece * 2;
-  }
-
-  __device__ __forceinline__ char* place(char* stage, int at) const {
-    const int chunk = piece / kPiecesOfChunk * kTileCodes * kChunkBytes;
-    return stage + chunk + at * kChunkBytes + ((piece % kPiecesOfChunk ^ (at & 7)) << 4);
-  }
-
-  // Columns that codes do not have are zeros, which no copy touches.
-  __device__ __forceinline__ void clear(char* stage) const {
-    if (inside) return;
-    for (int at = row; at < kTileCodes; at += kTogether) {
-      *reinterpret_cast<uint4*>(place(stage, at)) = uint4{0, 0, 0, 0};
-    }
-  }
-
-  // In place of codes beyond the last one the last one is copied: they have no finite bias.
-  __device__ __forceinline__ void operator()(char* stage, int first) const {
-    if (!inside) return;
-    if (first + kTileCodes <= count) {
-      const char* from = codes + (first + row) * stride;
-#pragma unroll
-      for (int at = row; at < kTileCodes; at += kTogether, from += stride * kTogether) {
-        cp_async_16(place(stage, at), from);
-      }
-    } else {
-#pragma unroll 1
-      for (int at = row; at < kTileCodes; at += kTogether) {
-        cp_async_16(place(stage, at), codes + min(first + at, count - 1) * stride);
-      }
-    }
-  }
 };
 
 // The rows `row` and row + 8 of a warp's 16, as a thread holds them.
@@ -170,23 +118,23 @@ __global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups,
   const int first_tile = split * call.tiles_per_split;
   const int end_tile = min(first_tile + call.tiles_per_split, call.tile_count);
 
-  const TileCopy<kThreads, kSteps> copy(codes, call);
-  for (int i = 0; i < kStages; ++i) copy.clear(shared + i * Layout::kStageBytes);
-  int next = first_tile, next_stage = 0;
-  const auto start_load = [&] {
-    if (next < end_tile) {
-      copy(shared + next_stage * Layout::kStageBytes, next * kTileCodes);
-      char* to = shared + Layout::kTerms + next_stage * int(sizeof(Tile));
-      const char* terms = reinterpret_cast<const char*>(tiles + next);
-      for (int i = threadIdx.x * 16; i < int(sizeof(Tile)); i += kThreads * 16) {
-        cp_async_16(to + i, terms + i, 16);
-      }
-    }
-    cp_async_commit();
-    ++next;
-    next_stage = next_stage + 1 == kStages ? 0 : next_stage + 1;
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(shared + Layout::kBarriers);
+  const auto start_load = [&](int tile) {  // by one thread
+    if (tile >= end_tile) return;
+    const int stage = (tile - first_tile) % kStages;
+    mbarrier_arrive_expecting(arrived + stage, Layout::kStageBytes + int(sizeof(Tile)));
+    bulk_copy(shared + stage * Layout::kStageBytes, codes + int64_t(tile) * Layout::kStageBytes,
+              Layout::kStageBytes, arrived + stage);
+    bulk_copy(shared + Layout::kTerms + stage * int(sizeof(Tile)), tiles + tile,
+              int(sizeof(Tile)), arrived + stage);
   };
-  for (int i = 0; i < kStages; ++i) start_load();
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) mbarrier_init(arrived + stage, 1);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) start_load(first_tile + i);
+  }
 
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int row_of_block = warp * 16 + lane / 4;  // and 8 rows below it
@@ -249,22 +197,19 @@ __global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups,
 
   // No products are left open over the loop's end: ptxas puts those whose sums are read while
   // others run in a row if it cannot see where each ends.
-  cp_async_wait<kStages - 1>();
-  async_proxy_fence();
-  __syncthreads();
-  int stage = 0;
+  int stage = 0, parity = 0;
   for (int tile = first_tile; tile < end_tile; ++tile) {
+    mbarrier_wait(arrived + stage, parity);
     multiply(0, stage);
     multiply(1, stage);
     warpgroup_wait<1>();
     fold(0, stage, tile);
     warpgroup_wait<0>();
     fold(1, stage, tile);
-    cp_async_wait<kStages - 2>();
-    async_proxy_fence();
-    __syncthreads();
-    start_load();
+    __syncthreads();  // the stage has been read
+    if (threadIdx.x == 0) start_load(tile + kStages);
     stage = stage + 1 == kStages ? 0 : stage + 1;
+    parity ^= stage == 0;
   }
 
 #pragma unroll

@@ -98,7 +98,9 @@ __device__ __forceinline__ void cp_async_wait() {
 //   warpgroup_commit    ends a group
 //   warpgroup_wait<n>   until at most n groups are unfinished
 //   settle              after the wait: d is read only below
-//   async_proxy_fence   what this thread wrote to shared memory is seen by products after a barrier
+//
+// They see shared memory as bulk copies do: what threads write there themselves they do not see
+// without a fence, which would wait for all copies on their way.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define VQKERNELS_WARPGROUPS 1
 
@@ -120,8 +122,43 @@ __device__ __forceinline__ void settle(float (&d)[32]) {
   for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-__device__ __forceinline__ void async_proxy_fence() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+// Copies by the copy engine, and the barriers in shared memory that say when they are there.
+//
+//   mbarrier_init              by one thread; seen after a __syncthreads
+//   mbarrier_arrive_expecting  one arrival of the phase, which `bytes` of copies also belong to
+//   bulk_copy                  `bytes`, a multiple of 16 as both addresses are
+//   mbarrier_wait              until the phase of this parity has ended; phases count from 0
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int count) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(count) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive_expecting(uint64_t* barrier, int bytes) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes,
+                                          uint64_t* barrier) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(global), "r"(bytes), "r"(at)
+      : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}" ::"r"(address),
+      "r"(parity)
+      : "memory");
 }
 
 // The address in units of 16 bytes; 8 rows take 1024 bytes; 1 << 62: the 128-byte swizzle.
@@ -236,8 +273,24 @@ inline void warpgroup_wait(emulation::Site site = emulation::Site::here()) {
 
 inline void settle(float (&)[32]) {}
 
-inline void async_proxy_fence(emulation::Site site = emulation::Site::here()) {
-  emulation::async_proxy_fence(site);
+inline void mbarrier_init(uint64_t* barrier, int count,
+                          emulation::Site site = emulation::Site::here()) {
+  emulation::mbarrier_init(barrier, count, site);
+}
+
+inline void mbarrier_arrive_expecting(uint64_t* barrier, int bytes,
+                                      emulation::Site site = emulation::Site::here()) {
+  emulation::mbarrier_arrive_expecting(barrier, bytes, site);
+}
+
+inline void mbarrier_wait(uint64_t* barrier, int parity,
+                          emulation::Site site = emulation::Site::here()) {
+  emulation::mbarrier_wait(barrier, parity, site);
+}
+
+inline void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier,
+                      emulation::Site site = emulation::Site::here()) {
+  emulation::bulk_copy(shared, global, bytes, barrier, site);
 }
 
 #endif

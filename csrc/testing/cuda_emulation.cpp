@@ -106,6 +106,7 @@ void run_block(uint3 block) {
   const dim3 size = engine.configuration->block;
   builtins.block = block;
   engine.arrived = engine.exited = engine.votes = 0;
+  engine.copy_barriers.clear();
   for (int index = 0; index < engine.count; ++index) {
     Thread& thread = engine.threads[index];
     thread.state = State::ready;

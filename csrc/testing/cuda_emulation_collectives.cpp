@@ -270,9 +270,79 @@ void cp_async_wait(int groups_left, Site site) {
   }
 }
 
-void async_proxy_fence(Site site) {
+// Barriers of copies ------------------------------------------------------------------------------
+
+namespace {
+
+CopyBarrier& barrier_at(void* address, Site site) {
+  const auto found = engine.copy_barriers.find(address);
+  if (found == engine.copy_barriers.end()) {
+    fault("an mbarrier that nobody has initialized", {site, nullptr});
+  }
+  return found->second;
+}
+
+// Ends the barrier's phase if all that it waits for is here.
+bool end_phase(CopyBarrier& barrier) {
+  if (barrier.arrived < barrier.count || barrier.announced != barrier.issued) return false;
+  for (const Copy& copy : barrier.copies) {
+    std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+    memory_bulk_arrived(copy.to, size_t(copy.bytes));
+  }
+  barrier = {barrier.count, 0, barrier.phase + 1, 0, 0, {}};
+  return true;
+}
+
+constexpr int most_turns = 10000;
+
+}  // namespace
+
+void mbarrier_init(void* barrier, int count, Site site) {
+  if (!is_shared(barrier, 8)) fault("an mbarrier outside of shared memory", {site, nullptr});
+  engine.copy_barriers[barrier] = {count, 0, 0, 0, 0, {}};
+}
+
+void mbarrier_arrive_expecting(void* address, int bytes, Site site) {
+  CopyBarrier& barrier = barrier_at(address, site);
+  if (++barrier.arrived > barrier.count) {
+    fault("an mbarrier with more arrivals than it has places", {site, nullptr});
+  }
+  barrier.announced += bytes;
+}
+
+void mbarrier_wait(void* address, int parity, Site site) {
   if (is_disabled(site)) return;
-  memory_async_proxy_fence();
+  Thread& thread = self();
+  for (int turn = 0; barrier_at(address, site).phase % 2 == parity; ++turn) {
+    if (end_phase(barrier_at(address, site))) break;
+    if (turn == most_turns) {
+      const CopyBarrier& barrier = barrier_at(address, site);
+      fault("deadlock: mbarrier with " + std::to_string(barrier.arrived) + " of " +
+                std::to_string(barrier.count) + " arrivals, " + std::to_string(barrier.issued) +
+                " of " + std::to_string(barrier.announced) + " bytes",
+            {site, nullptr});
+    }
+    thread.state = State::ready;
+    wait();
+  }
+}
+
+void bulk_copy(void* shared, const void* global, int bytes, void* barrier, Site site) {
+  if (bytes <= 0 || bytes % 16 != 0 || !is_shared(shared, size_t(bytes))) {
+    fault("bulk copy of " + std::to_string(bytes) + " bytes that do not lie in shared memory",
+          {site, nullptr});
+  }
+  for (const void* address : {static_cast<const void*>(shared), global}) {
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+      fault("misaligned bulk copy: an address is not a multiple of 16", {site, nullptr});
+    }
+  }
+  access(global, size_t(bytes), Access::read, {site, nullptr});
+  access(shared, size_t(bytes), Access::write, {site, nullptr}, -1, 16);
+  memory_copy_issued(shared, size_t(bytes), site);
+  CopyBarrier& waited_for = barrier_at(barrier, site);
+  waited_for.issued += bytes;
+  waited_for.copies.push_back({shared, global, bytes, site});
 }
 
 }  // namespace emulation

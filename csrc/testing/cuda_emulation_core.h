@@ -103,7 +103,13 @@ void warpgroup_wait(int groups_left, Site site);
 
 // Memory ----------------------------------------------------------------------------------------
 
-void async_proxy_fence(Site site);
+// An mbarrier: a phase ends when `count` arrivals have come and the bytes that they announced have
+// been copied.
+void mbarrier_init(void* barrier, int count, Site site);
+void mbarrier_arrive_expecting(void* barrier, int bytes, Site site);
+void mbarrier_wait(void* barrier, int parity, Site site);
+// Bytes that arrive at the end of the barrier's phase.
+void bulk_copy(void* shared, const void* global, int bytes, void* barrier, Site site);
 void cp_async_16(void* shared, const void* global, int source_bytes, Site site);
 void cp_async_commit();
 void cp_async_wait(int groups_left, Site site);

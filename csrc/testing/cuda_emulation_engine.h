@@ -1,6 +1,7 @@
 // The state of the running block, shared by the emulation's own source files.
 #pragma once
 
+#include <map>
 #include <vector>
 
 #include "cuda_emulation_core.h"
@@ -29,6 +30,13 @@ struct Product {
 };
 using ProductGroup = std::vector<Product>;
 
+// A barrier in shared memory that copies end a phase of.
+struct CopyBarrier {
+  int count, arrived, phase;
+  int64_t announced, issued;  // bytes
+  std::vector<Copy> copies;
+};
+
 struct Thread {
   State state = State::ready;
   uint3 index{};
@@ -45,6 +53,7 @@ struct Thread {
 struct Engine {
   const Configuration* configuration = nullptr;  // null outside of a launch
   std::vector<Thread> threads;                   // of the running block
+  std::map<void*, CopyBarrier> copy_barriers;    // of the running block
   int count = 0;                                 // how many of them there are
   int arrived = 0, exited = 0;                   // of them in a barrier, at the kernel's end
   int votes = 0, decided = 0;    // of the barrier that fills, of the one passed last
@@ -89,9 +98,11 @@ void memory_barrier();
 void memory_warp_barrier(int first_thread, uint32_t mask);
 void memory_copy_issued(const void* to, size_t bytes, Site site);
 void memory_copy_arrived(const void* to, size_t bytes, Site site);
-// A read by tensor cores, which see writes to shared memory after an async_proxy_fence only.
+// Bytes of a bulk copy are there, for whoever waited.
+void memory_bulk_arrived(const void* to, size_t bytes);
+// A read by tensor cores, which need a fence before they see what threads wrote to shared memory:
+// only what bulk copies wrote is theirs.
 void memory_async_read(const void* from, size_t bytes, Site site, int thread);
-void memory_async_proxy_fence();
 bool is_shared(const void* address, size_t bytes);
 
 }  // namespace emulation

@@ -24,9 +24,9 @@ namespace {
 
 struct LastWrite {
   uint32_t epoch = 0, clock = 0, place = 0;
-  uint32_t fences = 0;  // how many there had been
   uint16_t thread = 0;
   bool atomic = false;
+  bool bulk = false;  // by a bulk copy that has arrived: ordered before all who waited for it
 };
 
 // The lanes of one warp that read in one epoch, at one clock.
@@ -63,8 +63,6 @@ struct Memory {
   uint32_t block_epoch = 1, launch_epoch = 1;  // the first of the running block and launch
   std::vector<uint32_t> clocks;  // [thread][lane]: what thread has seen of its warp's lanes
   std::vector<Site> sites;
-  std::vector<uint32_t> fenced;  // [thread]: the number of its last fence, since `fences` began
-  uint32_t fences = 0;
   int64_t in_flight = 0;    // bytes of shared memory
   int counted_thread = -1;  // whose `accesses` are counted, since it ran first in `counted_epoch`
   uint32_t counted_epoch = 0;
@@ -209,7 +207,8 @@ struct Check {
     }
     const uint32_t horizon = region.shared ? memory.block_epoch : memory.launch_epoch;
     const LastWrite& write = byte.write;
-    if (write.epoch >= horizon && !(write.atomic && kind == Access::atomic)) {
+    const bool ordered = write.bulk || (write.atomic && kind == Access::atomic);
+    if (write.epoch >= horizon && !ordered) {
       const bool concurrent = write.epoch < memory.block_epoch ||
                               (write.epoch == memory.epoch && write.thread != thread &&
                                !ordered_in_warp(write.thread, write.clock, thread));
@@ -231,8 +230,8 @@ struct Check {
         return false;
       }
     }
-    byte.write = {memory.epoch,  clock_of(thread, thread % 32), place,
-                  memory.fences, uint16_t(thread),              kind == Access::atomic};
+    byte.write = {memory.epoch, clock_of(thread, thread % 32), place, uint16_t(thread),
+                  kind == Access::atomic};
     byte.known = true;
     return true;
   }
@@ -378,7 +377,6 @@ void memory_begin_launch() {
   open_image();
   memory.launch_epoch = memory.epoch + 1;
   memory.clocks.assign(size_t(engine.threads.size()) * 32, 0);
-  memory.fenced.assign(engine.threads.size(), 0);
   if (engine.configuration->shared_bytes > 0) {
     add_region(reinterpret_cast<uintptr_t>(engine.shared_begin), engine.configuration->shared_bytes,
                "dynamic memory", true);
@@ -449,7 +447,17 @@ void memory_copy_arrived(const void* to, size_t bytes, Site site) {
   access(to, bytes, Access::write, {site, nullptr});
 }
 
-void memory_async_proxy_fence() { memory.fenced[engine.current] = ++memory.fences; }
+void memory_bulk_arrived(const void* to, size_t bytes) {
+  if (!checked) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(to);
+  Region* region = find_region(begin);
+  for (size_t index = 0; index < bytes; ++index) {
+    Byte& byte = region->bytes[begin - region->begin + index];
+    byte.in_flight = false;
+    byte.write.bulk = true;
+  }
+  memory.in_flight -= int64_t(bytes);
+}
 
 void memory_async_read(const void* from, size_t bytes, Site site, int thread) {
   if (!is_shared(from, bytes)) {
@@ -461,9 +469,9 @@ void memory_async_read(const void* from, size_t bytes, Site site, int thread) {
   const Region* region = find_region(begin);
   for (size_t index = 0; index < bytes; ++index) {
     const LastWrite& write = region->bytes[begin - region->begin + index].write;
-    if (memory.fenced[write.thread] > write.fences) continue;
+    if (write.bulk) continue;
     return fault("missing async proxy fence: wgmma reads " + describe(begin) + ", written at " +
-                     text(place_of(write.place)),
+                     text(place_of(write.place)) + " by a thread",
                  {site, nullptr}, thread);
   }
 }
