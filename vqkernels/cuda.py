@@ -36,7 +36,8 @@ def nearest_code(
         splits: parts that K is searched in, side by side; 0 for as many as fill the device.
         block_rows: rows a block, 0 for the launcher's choice: 128 or 256; on warpgroups 128, or
             192 for D of 65 to 256, 256 for fewer.
-        stages: chunks of codes on their way without warpgroups, 2 or 3; 0 for the launcher's choice.
+        stages: chunks of codes on their way, 2 or 3, without warpgroups; 0 for the launcher's
+            choice.
         warpgroups: whether to multiply by wgmma (compute capability 9.0, D to 256) or by mma.sync;
             None for the launcher's choice.
 

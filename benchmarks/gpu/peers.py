@@ -45,18 +45,25 @@ def ours(backend: str) -> Provider:
     return Provider(f"{OURS}-{backend}", (Variant("", bind),))
 
 
-def launched(block_rows: int, stages: int) -> Provider:
-    """Our CUDA search with these choices of its launch."""
+def launched(block_rows: int, stages: int, *, warpgroups: bool) -> Provider:
+    """Our CUDA search with these choices of its launch; 0 stages: as many as it takes."""
 
     def bind(problem: Lookup) -> Call:
         from vqkernels import cuda
 
         x, codebook, metric = problem.x, problem.codebook, problem.metric
         return lambda: cuda.nearest_code(
-            x, codebook, metric=metric, block_rows=block_rows, stages=stages
+            x,
+            codebook,
+            metric=metric,
+            block_rows=block_rows,
+            stages=stages,
+            warpgroups=warpgroups,
         )
 
-    name = f"cuda, {block_rows} rows, {stages} stages"
+    name = f"cuda, wgmma, {block_rows} rows"
+    if not warpgroups:
+        name = f"cuda, mma.sync, {block_rows} rows, {stages} stages"
     return Provider(name, (Variant("", bind),))
 
 

@@ -19,7 +19,7 @@ from benchmarks.timing import Budget, Timing, summarize
 from .device import Call, Device
 
 COLD, WARM = "cold L2", "warm L2"
-FULL = Budget(seconds=3.0, min_rounds=11, max_rounds=101)
+FULL = Budget(seconds=1.0, min_rounds=11, max_rounds=101)
 DRY = Budget(seconds=0.0, min_rounds=2, max_rounds=2)
 _GRAPH_MILLISECONDS = 4.0
 _MOST_CALLS = 32

@@ -6,10 +6,10 @@
 //   decide, choose, resolve       the index of every row                           decide.h
 //
 // Half-precision inputs of one dtype that lie well in memory are searched as they are, unless codes
-// are to be normalized. Everything else (fp32, mixed, strided) is screened in fp16, which is as fast; for D <= 16 with three
-// products side by side, so that hardly a row is left undecided. fp32 lanes would need D
-// multiply-adds for each score, 0.29 ms at D = 8 for the shapes in search_tiles.h; two tensor-core
-// steps need 0.11 ms.
+// are to be normalized. Everything else (fp32, mixed, strided) is screened in fp16, which is as
+// fast; for D <= 16 with three products side by side, so that hardly a row is left undecided. fp32
+// lanes would need D multiply-adds for each score, 0.29 ms at D = 8 for the shapes in
+// search_tiles.h; two tensor-core steps need 0.11 ms.
 //
 // Exact: the index is that of the least float64 distance, the lowest one among equals, whatever the
 // screen. Memory: the forms, 2 bytes an element (6 up to D = 16), and 48 bytes a row and split.
@@ -154,9 +154,8 @@ void nearest_code(const NearestCode& problem, const Context& context) {
       (codebook, centre);
     });
   }
-  CodeForms codes{codebook,   centre,  problem.metric, plan.terms,
-                  plan.width, 0,       nullptr,        nullptr,
-                  nullptr};
+  CodeForms codes{codebook, centre,  problem.metric, plan.terms, plan.width,
+                  0,        nullptr, nullptr,        nullptr};
   codes.tiles = context.array<Tile>(x.books * plan.tiles);
   RowForms rows{x, codes.tiles, plan.tiles, centre, plan.terms, plan.width, nullptr, nullptr};
   codes.undecided = context.array<int>(2);
@@ -231,8 +230,8 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   VQKERNELS_LAUNCH(decide, dim3(blocks_for(all_rows, kDecideThreads)), dim3(kDecideThreads), 0,
                    context.stream)
   (decision);
-  const unsigned choosers = unsigned(std::min<int64_t>(blocks_for(all_rows, kChooseWarps),
-                                                       8 * context.device.multiprocessors));
+  const unsigned choosers = unsigned(
+      std::min<int64_t>(blocks_for(all_rows, kChooseWarps), 8 * context.device.multiprocessors));
   const unsigned resolvers =
       unsigned(std::min<int64_t>(all_rows, 2 * context.device.multiprocessors));
   with_types(x.dtype, codebook.dtype, [&](auto row, auto code) {

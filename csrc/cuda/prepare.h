@@ -66,9 +66,10 @@ struct CodeForms {
   Metric metric;
   int terms;  // products side by side: 1 or 3; 0: codes are searched as they are, not for cosine
   int width;
-  int chunks;      // 0: forms are rows of `width` columns; else tiles as search_warpgroups reads them
-  uint16_t* forms;  // halves, `[books, tiles * kTileCodes, width]`; null where the book itself is read
-  Tile* tiles;     // `[books, tiles]`
+  int chunks;  // 0: forms are rows of `width` columns; else tiles as search_warpgroups reads them
+  uint16_t*
+      forms;    // halves, `[books, tiles * kTileCodes, width]`; null where the book itself is read
+  Tile* tiles;  // `[books, tiles]`
   int* undecided;  // two counters to clear
 };
 
@@ -202,7 +203,7 @@ __device__ float write_bias(Tile& tile, int i, double bias) {
 
 // One block a tile of codes.
 template <typename T>
-__global__ void __launch_bounds__(kCodeWarps * kWarp) prepare_codes(CodeForms call) {
+__global__ void __launch_bounds__(kCodeWarps* kWarp) prepare_codes(CodeForms call) {
   __shared__ float largest_of_warp[kCodeWarps];
   __shared__ TileTerms terms_of_warp[kCodeWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -235,8 +236,7 @@ __global__ void __launch_bounds__(kCodeWarps * kWarp) prepare_codes(CodeForms ca
     if (code < size) sums = sums_of_code<T>(call, book, code);
     const double norm = sqrt(sums.squares);
     const double inverse = unit && norm > 0 ? 1.0 / norm : 1.0;
-    const FormOfCode form{call.forms, int64_t(book) * gridDim.x + tile, i, call.width,
-                          call.chunks};
+    const FormOfCode form{call.forms, int64_t(book) * gridDim.x + tile, i, call.width, call.chunks};
     CodeTerms terms{0, 0};
     double bias = double(INFINITY);
     if (call.terms > 0) {

@@ -99,12 +99,12 @@ template <typename Half, bool kScreened>
 __device__ __forceinline__ uint32_t bias_pair(float weight) {
   const int first = threadIdx.x % 4 * 2;
   if (first >= kBiasParts) return 0;
-  const float low = first == 0 ? bias_multiplier<Half, kScreened>(0)
-                               : bias_multiplier<Half, kScreened>(2);
-  const float high = first == 0 ? bias_multiplier<Half, kScreened>(1)
-                                : bias_multiplier<Half, kScreened>(3);
-  return bits_of(rounded<Half>(low * weight)) |
-         uint32_t(bits_of(rounded<Half>(high * weight))) << 16;
+  const float low =
+      first == 0 ? bias_multiplier<Half, kScreened>(0) : bias_multiplier<Half, kScreened>(2);
+  const float high =
+      first == 0 ? bias_multiplier<Half, kScreened>(1) : bias_multiplier<Half, kScreened>(3);
+  return bits_of(rounded<Half>(low * weight)) | uint32_t(bits_of(rounded<Half>(high * weight)))
+                                                    << 16;
 }
 
 // w of a row and a tile of forms, a power of two; 0 where the search must not decide. Halves hold

@@ -9,8 +9,8 @@
 //   bytes      the book once for every block of rows out of L2: K W 2 bytes * N / 128, 4.3 GB at
 //              W = 256, 0.8 ms at 5.5 TB/s: level with the tensor cores, half of that with 256 rows
 //
-// So a score costs the products and one maximum; no index is carried (candidates.h), and the bias is
-// one more tensor-core step (search_terms.h).
+// So a score costs the products and one maximum; no index is carried (candidates.h), and the bias
+// is one more tensor-core step (search_terms.h).
 //
 // A block has 64 * kWarpsM rows and tiles of 128 codes, a warp 64 x 64 scores. Rows of up to
 // kResident chunks of 64 columns stay in shared memory; chunks of codes (and of longer rows) come
@@ -33,9 +33,9 @@ struct Search {
   int64_t x_stride, x_book;
   const void* codes;
   int64_t code_stride, code_book;
-  RowTerms* row_terms;        // `[books, rows]`
-  const Tile* tiles;          // `[books, tile_count]`
-  Record* records;            // `[splits, books, rows]`
+  RowTerms* row_terms;  // `[books, rows]`
+  const Tile* tiles;    // `[books, tile_count]`
+  Record* records;      // `[splits, books, rows]`
   int rows, codes_count, width, books;
   int tile_count, splits, tiles_per_split;
   // Of search_tiles alone.
@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsM * kWarpsN, kWarpsM == 2 ? 2 : 
     uint32_t multipliers[kRowSlots];
 #pragma unroll
     for (int slot = 0; slot < kRowSlots; ++slot) {
-      multipliers[slot] = bias_pair<Half, kScreened>(
-          kScreened ? bias_weight(row_of_slot(slot), tile.all) : 1.0f);
+      multipliers[slot] =
+          bias_pair<Half, kScreened>(kScreened ? bias_weight(row_of_slot(slot), tile.all) : 1.0f);
     }
     Fragments of_bias;
     of_bias.load_bias(multipliers, tile, warp_code);
@@ -257,8 +257,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsM * kWarpsN, kWarpsM == 2 ? 2 : 
         [&](int slot, int number) {
           return scores[slot / 2][number / 2][slot % 2 * 2 + number % 2];
         },
-        row_of_slot, lower, tile.all,
-        warp_code + lane % 4 * 2, state, now.tile * kTileCodes, inverse_reference);
+        row_of_slot, lower, tile.all, warp_code + lane % 4 * 2, state, now.tile * kTileCodes,
+        inverse_reference);
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
 #pragma unroll
@@ -277,8 +277,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsM * kWarpsN, kWarpsM == 2 ? 2 : 
     const auto thread_of = [&](int i) {
       return (row / 64 * kWarpsN + i / 4) * kWarp + row % 8 * 4 + i % 4;
     };
-    call.records[at] = record_of<kSlots>(state, row % 64 / 8, thread_of,
-                                         [](int i) { return 1u << i; });
+    call.records[at] =
+        record_of<kSlots>(state, row % 64 / 8, thread_of, [](int i) { return 1u << i; });
   }
 }
 

@@ -11,8 +11,8 @@
 // shared memory, which at 64 codes a product takes half of its rate. Its scores of a tile of 128
 // codes are two halves, and one half is folded (candidates.h) while the products of the other run.
 // Codes come through a ring of stages of whole tiles, which lie in global memory as products read
-// them from shared memory: 64 columns by 64 columns, 16-byte pieces permuted by the row's number. So
-// one thread starts one copy a tile, and no fence has to make it seen.
+// them from shared memory: 64 columns by 64 columns, 16-byte pieces permuted by the row's number.
+// So one thread starts one copy a tile, and no fence has to make it seen.
 //
 // Half-precision rows that are searched as they are have their terms made here, from the registers.
 #pragma once
@@ -125,8 +125,8 @@ __global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups,
     mbarrier_arrive_expecting(arrived + stage, Layout::kStageBytes + int(sizeof(Tile)));
     bulk_copy(shared + stage * Layout::kStageBytes, codes + int64_t(tile) * Layout::kStageBytes,
               Layout::kStageBytes, arrived + stage);
-    bulk_copy(shared + Layout::kTerms + stage * int(sizeof(Tile)), tiles + tile,
-              int(sizeof(Tile)), arrived + stage);
+    bulk_copy(shared + Layout::kTerms + stage * int(sizeof(Tile)), tiles + tile, int(sizeof(Tile)),
+              arrived + stage);
   };
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) mbarrier_init(arrived + stage, 1);
@@ -169,29 +169,24 @@ __global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups,
     uint32_t multipliers[4] = {};
 #pragma unroll
     for (int slot = 0; slot < kSlotsOfThread; ++slot) {
-      multipliers[slot] = bias_pair<Half, kScreened>(
-          kScreened ? bias_weight(row_terms[slot], tile.all) : 1.0f);
+      multipliers[slot] =
+          bias_pair<Half, kScreened>(kScreened ? bias_weight(row_terms[slot], tile.all) : 1.0f);
     }
     warpgroup_arrive();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       constexpr int kPerChunk = kChunk / kStep;
-      warpgroup_mma<Half>(scores[half], a[step],
-                          of_half + step / kPerChunk * Layout::kChunkOfTile, step % kPerChunk,
-                          step > 0);
+      warpgroup_mma<Half>(scores[half], a[step], of_half + step / kPerChunk * Layout::kChunkOfTile,
+                          step % kPerChunk, step > 0);
     }
-    warpgroup_mma_packed<Half>(scores[half], multipliers,
-                               tile.bias + bias_at(half * kHalfTile, 0));
+    warpgroup_mma_packed<Half>(scores[half], multipliers, tile.bias + bias_at(half * kHalfTile, 0));
     warpgroup_commit();
   };
   const auto fold = [&](int half, int stage, int tile) {
     settle(scores[half]);
     fold_buckets<kScreened>(
-        [&](int slot, int number) {
-          return scores[half][number / 2 * 4 + slot * 2 + number % 2];
-        },
-        [&](int slot) { return row_terms[slot]; }, lower,
-        terms_of_stage[stage].all,
+        [&](int slot, int number) { return scores[half][number / 2 * 4 + slot * 2 + number % 2]; },
+        [&](int slot) { return row_terms[slot]; }, lower, terms_of_stage[stage].all,
         half * kHalfTile + lane % 4 * 2, state, tile * kTileCodes, inverse_reference);
   };
 

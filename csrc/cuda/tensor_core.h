@@ -167,8 +167,8 @@ __device__ __forceinline__ uint64_t warpgroup_operand(const void* codes, int ste
   return uint64_t(address >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// Without a swizzle: the two halves of eight codes' 16 columns stand 128 bytes apart, the next eight
-// codes 256.
+// Without a swizzle: the two halves of eight codes' 16 columns stand 128 bytes apart, the next
+// eight codes 256.
 __device__ __forceinline__ uint64_t packed_operand(const void* codes) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(codes));
   return uint64_t(address >> 4) | uint64_t(128 >> 4) << 16 | uint64_t(256 >> 4) << 32;
@@ -179,22 +179,23 @@ __device__ __forceinline__ void warpgroup_mma(float (&d)[32], const uint32_t (&a
                                               uint64_t codes, bool adds);
 
 #define VQKERNELS_WARPGROUP_MMA(name, type)                                                       \
-template <>                                                                                       \
-__device__ __forceinline__ void warpgroup_mma<name>(float (&d)[32], const uint32_t (&a)[4],       \
-                                                    uint64_t codes, bool adds) {                  \
-  asm volatile(                                                                                   \
-      "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"                                          \
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " "                             \
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "    \
-      "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                        \
-      "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"                                              \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),       \
-        "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),   \
-        "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]),\
-        "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]),\
-        "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])                                        \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(codes), "r"(int(adds)));                  \
-}
+  template <>                                                                                     \
+  __device__ __forceinline__ void warpgroup_mma<name>(float (&d)[32], const uint32_t (&a)[4],     \
+                                                      uint64_t codes, bool adds) {                \
+    asm volatile(                                                                                 \
+        "{\n.reg .pred adds;\nsetp.ne.b32 adds, %37, 0;\n"                                        \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                               \
+        " "                                                                                       \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "  \
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                      \
+        "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n}"                                            \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),     \
+          "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), \
+          "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]),           \
+          "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]),           \
+          "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])            \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(codes), "r"(int(adds)));                \
+  }
 
 VQKERNELS_WARPGROUP_MMA(__half, "f16")
 VQKERNELS_WARPGROUP_MMA(__nv_bfloat16, "bf16")

@@ -97,8 +97,7 @@ void multiply(void* const (&lanes)[32], int, Site) {
     place_rows(a, lane, own.a, own.bfloat16);
     for (int which = 0; which < 2; ++which) {
       for (int part = 0; part < 2; ++part) {
-        b[lane / 4][lane % 4 * 2 + part * 8 + which] =
-            half_value(own.b[part], which, own.bfloat16);
+        b[lane / 4][lane % 4 * 2 + part * 8 + which] = half_value(own.b[part], which, own.bfloat16);
       }
     }
   }
@@ -160,8 +159,7 @@ void do_groups(void* const (&lanes)[32], int first_thread, Site site) {
   while (int(threads[0].product_groups.size()) > left) {
     for (int lane = 1; lane < 32; ++lane) {
       if (threads[lane].product_groups.size() != threads[0].product_groups.size() ||
-          threads[lane].product_groups.front().size() !=
-              threads[0].product_groups.front().size()) {
+          threads[lane].product_groups.front().size() != threads[0].product_groups.front().size()) {
         return fault("divergent wgmma: lanes of a warp have issued different products",
                      {site, nullptr}, first_thread + lane);
       }

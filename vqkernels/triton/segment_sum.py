@@ -280,8 +280,11 @@ def _totals(
         weight += scale
 
     if RESIDUAL:
-        elements = tl.maximum(total_rows - tl.load(starts), 1).to(tl.float32) * D
-        total = total * tl.div_rn(2.0 * tl.load(factor).to(tl.float32), elements)
+        # In float64, so that the sum is rounded once more and not three times.
+        elements = tl.maximum(total_rows - tl.load(starts), 1).to(tl.float64) * D
+        total = (total.to(tl.float64) * (2.0 * tl.load(factor).to(tl.float64) / elements)).to(
+            tl.float32
+        )
     tl.store(sums + key.to(tl.int64) * D + column.to(tl.int64), total, mask=column < D)
     if COUNTED and d_block == 0:
         if WEIGHTED:

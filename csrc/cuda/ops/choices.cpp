@@ -8,8 +8,7 @@ namespace vqkernels::cuda {
 namespace {
 
 Tensor nearest_code_as(const Tensor& x, const Tensor& codebook, const std::string& metric,
-                       int64_t splits, int64_t block_rows, int64_t stages,
-                       int64_t warpgroups) {
+                       int64_t splits, int64_t block_rows, int64_t stages, int64_t warpgroups) {
   const Call call("nearest_code_as", x);
   Tensor indices = empty(leading_sizes(x, x.dim() - 1), ScalarType::Long, x);
   if (indices.numel() == 0) return indices;
