@@ -201,14 +201,14 @@ def _whole_chunks(
     key = tl.load(keys + begin)
     if (key >= 0) & (key == tl.load(keys + begin + CHUNK - 1)):
         code = _code(book, book_strides, key, column, K, D, RESIDUAL, BLOCK_D)
-        total = tl.zeros([BLOCK_D], tl.float32)
+        total = tl.zeros([BLOCK_D], tl.float64 if RESIDUAL else tl.float32)
         weight = tl.zeros([ROWS], tl.float32)
         for at in range(begin, begin + CHUNK, ROWS):
             rows, scale = _rows(
                 order, x, x_strides, weights, label_strides, sizes, key // K, code, column,
                 at, begin + CHUNK, D, WEIGHTED, RESIDUAL, ROWS,
             )  # fmt: skip
-            total += tl.sum(rows, 0)
+            total += tl.sum(rows.to(total.dtype), 0)
             weight += scale
         tl.store(partial + chunk.to(tl.int64) * D + column.to(tl.int64), total, mask=column < D)
         if d_block == 0:
@@ -255,36 +255,34 @@ def _totals(
     tail_begin = tl.maximum(chunk_end * CHUNK, head_end)
 
     code = _code(book, book_strides, key, column, K, D, RESIDUAL, BLOCK_D)
-    total = tl.zeros([BLOCK_D], tl.float32)
+    # Residuals, which cancel, are summed and scaled in float64 and rounded once.
+    total = tl.zeros([BLOCK_D], tl.float64 if RESIDUAL else tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     for at in range(begin, head_end, ROWS):
         rows, scale = _rows(
             order, x, x_strides, weights, label_strides, sizes, key // K, code, column,
             at, head_end, D, WEIGHTED, RESIDUAL, ROWS,
         )  # fmt: skip
-        total += tl.sum(rows, 0)
+        total += tl.sum(rows.to(total.dtype), 0)
         weight += scale
     for at in range(chunk_begin, chunk_end, ROWS):
         chunk = at + tl.arange(0, ROWS)
         inside = chunk < chunk_end
         where = partial + chunk.to(tl.int64)[:, None] * D + column.to(tl.int64)[None, :]
         part = tl.load(where, mask=inside[:, None] & (column < D)[None, :], other=0.0)
-        total += tl.sum(part, 0)
+        total += tl.sum(part.to(total.dtype), 0)
         weight += tl.load(partial_weight + chunk, mask=inside, other=0.0)
     for at in range(tail_begin, end, ROWS):
         rows, scale = _rows(
             order, x, x_strides, weights, label_strides, sizes, key // K, code, column,
             at, end, D, WEIGHTED, RESIDUAL, ROWS,
         )  # fmt: skip
-        total += tl.sum(rows, 0)
+        total += tl.sum(rows.to(total.dtype), 0)
         weight += scale
 
     if RESIDUAL:
-        # In float64, so that the sum is rounded once more and not three times.
         elements = tl.maximum(total_rows - tl.load(starts), 1).to(tl.float64) * D
-        total = (total.to(tl.float64) * (2.0 * tl.load(factor).to(tl.float64) / elements)).to(
-            tl.float32
-        )
+        total *= 2.0 * tl.load(factor).to(tl.float64) / elements
     tl.store(sums + key.to(tl.int64) * D + column.to(tl.int64), total, mask=column < D)
     if COUNTED and d_block == 0:
         if WEIGHTED:
