@@ -161,11 +161,11 @@ class ModulationCase:
         op = OPS[self.op]
 
         def compiled(mode: str) -> Callable[[Inputs], Callable[[], Any]]:
-            return lambda inputs: self._bind(torch.compile(op.eager, mode=mode), inputs)
+            return lambda inputs: self.bind(torch.compile(op.eager, mode=mode), inputs)
 
         return (
-            Provider(OURS, (Variant("", lambda inputs: self._bind(op.ours, inputs)),)),
-            Provider(EAGER, (Variant("", lambda inputs: self._bind(op.eager, inputs)),)),
+            Provider(OURS, (Variant("", lambda inputs: self.bind(op.ours, inputs)),)),
+            Provider(EAGER, (Variant("", lambda inputs: self.bind(op.eager, inputs)),)),
             Provider(
                 COMPILED,
                 tuple(
@@ -175,7 +175,7 @@ class ModulationCase:
             ),
         )
 
-    def _bind(self, function: Function, inputs: Inputs) -> Callable[[], list[Tensor]]:
+    def bind(self, function: Function, inputs: Inputs) -> Callable[[], list[Tensor]]:
         backward = self.direction == BOTH
         leaves = [t.detach().requires_grad_(backward) for t in inputs.arguments]
 
@@ -195,7 +195,7 @@ class ModulationCase:
     def check(self, inputs: Inputs, outputs: Mapping[str, Any]) -> dict[str, Check]:
         """At most twice eager's error and an ulp of the largest number; 2e-6 of it in fp32."""
         wide = Inputs([t.double() for t in inputs.arguments], [g.double() for g in inputs.grads])
-        exact = self.keep(self._bind(OPS[self.op].eager, wide)())
+        exact = self.keep(self.bind(OPS[self.op].eager, wide)())
         errors = {
             name: [float((t.double() - e).abs().max()) for t, e in zip(output, exact, strict=True)]
             for name, output in outputs.items()

@@ -46,6 +46,7 @@ class Stage:
 
 def stages(dry: bool) -> tuple[Stage, ...]:
     from .gpu.cases import CASES, FP32, HALF, LAUNCHES, QUANTIZER, SMALL
+    from .gpu.modulation import MODULATION
     from .gpu.worker import SANITIZERS, test_items
 
     def cases(stage: str) -> tuple[str, ...]:
@@ -63,6 +64,7 @@ def stages(dry: bool) -> tuple[Stage, ...]:
         Stage(SMALL, "nearest_code, D <= 16", cases(SMALL), 150),
         Stage(LAUNCHES, "the CUDA search, launched in every way", cases(LAUNCHES), 120),
         Stage(QUANTIZER, "quantize with gradients, a training step", cases(QUANTIZER), 150),
+        Stage(MODULATION, "adaLN, gates and GELU, with gradients", cases(MODULATION), 150),
         Stage("report", "the table", (), 0),
     )
 

@@ -30,6 +30,8 @@ from benchmarks.checks import check_indices
 from benchmarks.shapes import CodebookShape, codebook_shape
 
 from .device import Device, our_backends
+from .modulation import CASES as MODULATION_CASES
+from .modulation import ModulationCase
 from .peers import Lookup, launched, ours, peers, rounds_scores
 from .timing import COLD, WARM
 
@@ -294,7 +296,7 @@ def _bind_eager(problem: Lookup) -> Callable[[], Tensor]:
     return call
 
 
-Case = LookupCase | StepCase
+Case = LookupCase | StepCase | ModulationCase
 
 
 def _shrunk(row: CodebookShape) -> CodebookShape:
@@ -363,7 +365,7 @@ def _all(name: str) -> list[CodebookShape]:
     return [row for row in CODEBOOK_SHAPES if row.name == name]
 
 
-CASES: tuple[Case, ...] = tuple(_lookups())
+CASES: tuple[Case, ...] = (*_lookups(), *MODULATION_CASES)
 
 
 def find_case(key: str) -> Case:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from benchmarks.bench_modulation import COMPILED
+from benchmarks.bench_modulation import EAGER as EAGER_MODULATION
 from benchmarks.case import OURS
 from benchmarks.records import Record, grouped
 
@@ -18,6 +21,9 @@ _TOKENS = 65536
 _HALVES = ("float16", "bfloat16")
 # A search that formed N x K scores would need at least 2 bytes for each.
 _MATRIX_BYTES, _MATRIX_SHARE = 2, 1 / 8
+
+# Rows of the modulation ops below this fit into an L2.
+_MODULATION_ELEMENTS = 1 << 24
 
 Row = list[Record]
 
@@ -185,6 +191,34 @@ def _memory(rows: list[Row]) -> Seen | None:
     return _worst((share(record) for row in rows for record in row), at_most=True)
 
 
+def _is_norm(row: Row) -> bool:
+    """A row of LN + modulate, gated or not, too large for any L2."""
+    words = (word for word in row[0].shape.split() if word[0] in "BND" and word[1:].isdigit())
+    elements = math.prod(int(word[1:]) for word in words)
+    known = row[0].op.partition(",")[0] in ("ada_layer_norm", "gated_residual_ada_layer_norm")
+    return known and row[0].mode == WARM and elements >= _MODULATION_ELEMENTS
+
+
+def _share_of_copy(rows: list[Row]) -> Seen | None:
+    def share(row: Row) -> Seen | None:
+        ours = best_of_ours(row)
+        if ours is None or not _is_norm(row):
+            return None
+        return Seen(ours.floor_share, _where(ours, ours.op))
+
+    return _worst(map(share, rows), at_most=False)
+
+
+def _versus_peer(peer: str) -> Callable[[list[Row]], Seen | None]:
+    def ratio(row: Row) -> Seen | None:
+        ours, theirs = best_of_ours(row), timed(row, peer)
+        if ours is None or theirs is None or not _is_norm(row):
+            return None
+        return Seen(theirs.ms_p50 / ours.ms_p50, _where(ours, ours.op))
+
+    return lambda rows: _worst(map(ratio, rows), at_most=False)
+
+
 TARGETS: tuple[Target, ...] = (
     *(
         Target(
@@ -219,6 +253,14 @@ TARGETS: tuple[Target, ...] = (
         _versus_floor,
     ),
     Target("memory: at most 1/8 of N x K halves", _MATRIX_SHARE, True, "", _memory),
+    *(
+        Target(f"adaLN forms: {what}", limit, False, unit, worst)
+        for what, limit, unit, worst in (
+            ("at least 0.85 of the copy rate", 0.85, "", _share_of_copy),
+            ("at least 3x as fast as eager", 3.0, "x", _versus_peer(EAGER_MODULATION)),
+            ("at least 1.2x as fast as torch.compile", 1.2, "x", _versus_peer(COMPILED)),
+        )
+    ),
     Target("results outside float64's bound, or failed", 0.0, True, "", _wrong),
 )
 

@@ -50,6 +50,13 @@ def gpu_backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=[_STAND_IN if DRY_RUN else "triton"])
+def triton_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """For ops whose only kernels on a GPU are Triton's."""
+    with vqkernels.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def only_cuda() -> None:
     """For what has no counterpart on the CPU."""
