@@ -34,10 +34,9 @@ def nearest_code(
     Args:
         x, codebook, metric: as there; on a CUDA device, float32, float16 or bfloat16.
         splits: parts that K is searched in, side by side; 0 for as many as fill the device.
-        block_rows: rows a block, 0 for the launcher's choice: 128 or 256; on warpgroups 128, or
-            192 for D of 65 to 256, 256 for fewer.
-        stages: chunks of codes on their way, 2 or 3, without warpgroups; 0 for the launcher's
+        block_rows: rows a block, 128 or 256, of the search by mma.sync; 0 for the launcher's
             choice.
+        stages: chunks of codes on their way in it, 2 or 3; 0 for the launcher's choice.
         warpgroups: whether to multiply by wgmma (compute capability 9.0, D to 256) or by mma.sync;
             None for the launcher's choice.
 
@@ -50,7 +49,7 @@ def nearest_code(
     if splits < 0:
         raise ValueError(f"splits must be 0 or more, got {splits}")
     for name, value, accepted in (
-        ("block_rows", block_rows, (0, 128, 192, 256)),
+        ("block_rows", block_rows, (0, 128, 256)),
         ("stages", stages, (0, 2, 3)),
     ):
         if value not in accepted:

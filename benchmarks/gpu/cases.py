@@ -137,12 +137,11 @@ class LaunchCase(LookupCase):
 
     def providers(self, device: Device) -> tuple[Provider, ...]:
         mine = tuple(map(ours, our_backends(device.dry)))
-        most = 256 if self.row.dim <= 64 else 192
         by_warps = [(rows, stages) for rows in (128, 256) for stages in (2, 3)]
         return (
             *mine,
             *(launched(rows, stages, warpgroups=False) for rows, stages in by_warps),
-            *(launched(rows, 0, warpgroups=True) for rows in (128, most)),
+            launched(0, 0, warpgroups=True),
         )
 
 

@@ -46,7 +46,7 @@ def ours(backend: str) -> Provider:
 
 
 def launched(block_rows: int, stages: int, *, warpgroups: bool) -> Provider:
-    """Our CUDA search with these choices of its launch; 0 stages: as many as it takes."""
+    """Our CUDA search with these choices of its launch; the first two are of mma.sync alone."""
 
     def bind(problem: Lookup) -> Call:
         from vqkernels import cuda
@@ -61,9 +61,8 @@ def launched(block_rows: int, stages: int, *, warpgroups: bool) -> Provider:
             warpgroups=warpgroups,
         )
 
-    name = f"cuda, wgmma, {block_rows} rows"
-    if not warpgroups:
-        name = f"cuda, mma.sync, {block_rows} rows, {stages} stages"
+    choices = f"mma.sync, {block_rows} rows, {stages} stages"
+    name = f"cuda, {'wgmma' if warpgroups else choices}"
     return Provider(name, (Variant("", bind),))
 
 

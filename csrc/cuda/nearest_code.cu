@@ -39,11 +39,11 @@ struct Plan {
   bool direct;  // search the inputs as they are
   int terms, width;
   int tiles, splits, tiles_per_split;
-  int warpgroups;  // a block; 0: search_tiles, with the rest
+  bool warpgroups;  // else search_tiles, with the rest
   int warps_m, stages;
   bool resident;
 
-  int block_rows() const { return 64 * (warpgroups > 0 ? warpgroups : warps_m); }
+  int block_rows() const { return 64 * (warpgroups ? kWarpgroups : warps_m); }
   int shared_bytes() const {
     return warps_m == 2 ? SearchLayout<2>(width, stages, resident).bytes
                         : SearchLayout<4>(width, stages, resident).bytes;
@@ -73,26 +73,17 @@ void choose_shape(const NearestCode& problem, const Device& device, Plan& plan) 
   if (problem.stages > 0) plan.stages = problem.stages;
 }
 
-// How many warpgroups a block of search_warpgroups has, 0 for search_tiles. Up to 64 columns two
-// blocks of two share a multiprocessor and drift apart, one folding while the other multiplies.
-// Beyond, as many as the registers hold, unless 128 rows a block leave less of the device idle in
-// the last round of blocks.
-int choose_warpgroups(const NearestCode& problem, const Device& device, int width) {
-  const bool possible = device.capability == 90 && warpgroups_compiled() &&
-                        width <= kWarpgroupWidth && problem.warpgroups != 1 &&
-                        (problem.x.count > 64 || problem.warpgroups == 2);
-  if (!possible) {
-    if (problem.warpgroups == 2) throw std::runtime_error("no warpgroups for this search");
-    return 0;
+// Whether search_warpgroups takes the search. Blocks of 192 and 256 rows, as many as registers
+// hold, read the book less often and were slower for every shape measured (H100).
+bool choose_warpgroups(const NearestCode& problem, const Device& device, int width) {
+  const bool possible =
+      device.capability == 90 && warpgroups_compiled() && width <= kWarpgroupWidth;
+  if (problem.warpgroups == 2 && !possible) {
+    throw std::runtime_error(
+        "nearest_code on warpgroups needs compute capability 9.0, an object "
+        "built for 90a, and at most 256 columns");
   }
-  const int steps = blocks_for(width, kStep), most = most_warpgroups(steps);
-  if (problem.block_rows > 0) return problem.block_rows == 128 ? 2 : most;
-  if (warpgroup_blocks(2, steps) == 2) return 2;
-  const auto rounds = [&](int groups) {
-    const int64_t blocks = blocks_for(problem.x.count, 64 * groups) * problem.x.books;
-    return blocks_for(blocks, device.multiprocessors) * groups;
-  };
-  return rounds(2) < rounds(most) ? 2 : most;
+  return possible && problem.warpgroups != 1 && (problem.x.count > 64 || problem.warpgroups == 2);
 }
 
 Plan plan_for(const NearestCode& problem, const Device& device) {
@@ -103,12 +94,12 @@ Plan plan_for(const NearestCode& problem, const Device& device) {
   plan.terms = plan.direct ? 0 : dim <= kThreeTerms ? 3 : 1;
   plan.width = plan.direct ? dim : (plan.terms * dim + kStep - 1) / kStep * kStep;
   plan.warpgroups = choose_warpgroups(problem, device, plan.width);
-  if (plan.warpgroups == 0) choose_shape(problem, device, plan);
+  if (!plan.warpgroups) choose_shape(problem, device, plan);
 
   plan.tiles = blocks_for(problem.codebook.count, kTileCodes);
   const int rows = blocks_for(problem.x.count, plan.block_rows()) * int(problem.x.books);
-  const int of_warpgroups = warpgroup_blocks(plan.warpgroups, blocks_for(plan.width, kStep));
-  const int blocks = plan.warpgroups > 0 ? of_warpgroups : plan.warps_m == 2 ? 2 : 1;
+  const int of_warpgroups = warpgroup_blocks(blocks_for(plan.width, kStep));
+  const int blocks = plan.warpgroups ? of_warpgroups : plan.warps_m == 2 ? 2 : 1;
   const int together = blocks * device.multiprocessors;
   const int wanted = problem.splits > 0 ? problem.splits : together / rows;
   const int most = problem.splits > 0 ? plan.tiles : plan.tiles / kLeastTiles;
@@ -160,7 +151,7 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   RowForms rows{x, codes.tiles, plan.tiles, centre, plan.terms, plan.width, nullptr, nullptr};
   codes.undecided = context.array<int>(2);
   rows.terms_of_row = context.array<RowTerms>(all_rows);
-  codes.chunks = plan.warpgroups > 0 ? warpgroup_chunks(plan.width) : 0;
+  codes.chunks = plan.warpgroups ? warpgroup_chunks(plan.width) : 0;
   const int code_columns = codes.chunks > 0 ? codes.chunks * kChunk : plan.width;
   if (!plan.direct || codes.chunks > 0) {
     codes.forms = context.array<uint16_t>(x.books * plan.tiles * kTileCodes * code_columns);
@@ -174,7 +165,7 @@ void nearest_code(const NearestCode& problem, const Context& context) {
     (codes);
   });
   // The search on warpgroups makes the terms of rows that it takes as they are.
-  if (!plan.direct || plan.warpgroups == 0) {
+  if (!plan.direct || !plan.warpgroups) {
     with_type(x.dtype, [&](auto type) {
       VQKERNELS_LAUNCH((prepare_rows<typename decltype(type)::type>),
                        dim3(blocks_for(x.count, kPrepareWarps), books), dim3(kPrepareThreads), 0,
@@ -204,8 +195,8 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   search.tiles_per_split = plan.tiles_per_split;
   search.stages = plan.stages;
   search.resident = plan.resident;
-  if (plan.warpgroups > 0) {
-    launch_warpgroups(search, !plan.direct, x.dtype, plan.warpgroups, context);
+  if (plan.warpgroups) {
+    launch_warpgroups(search, !plan.direct, x.dtype, context);
   } else if (!plan.direct) {
     launch_search<__half, true>(search, plan, context);
   } else if (x.dtype == DType::f16) {

@@ -16,9 +16,9 @@ struct NearestCode {
   int32_t* weighed = nullptr;  // optional, `[books, rows]`: how many codes float64 decided between
   // Launch choices; 0 leaves them to the launcher.
   int splits = 0;      // parts that K is searched in
-  int block_rows = 0;  // 128 or 256; of warpgroups 128, 192 or 256
-  int stages = 0;      // 2 or 3
-  int warpgroups = 0;  // 1: mma.sync; 2: wgmma, where the device has it
+  int block_rows = 0;  // 128 or 256, of mma.sync
+  int stages = 0;      // 2 or 3, of mma.sync
+  int warpgroups = 0;  // 1: mma.sync; 2: wgmma
 };
 
 // Writes the index of every row's nearest code.

@@ -5,39 +5,29 @@
 namespace vqkernels::cuda {
 namespace {
 
-template <typename Half, bool kScreened, int kGroups, int kSteps>
+template <typename Half, bool kScreened, int kSteps>
 void launch(const Search& search, const Context& context) {
-  using Layout = WarpgroupLayout<kGroups, kSteps>;
+  using Layout = WarpgroupLayout<kSteps>;
   const int64_t blocks =
       int64_t(blocks_for(search.rows, Layout::kRows)) * search.books * search.splits;
-  VQKERNELS_LAUNCH((search_warpgroups<Half, kScreened, kGroups, kSteps>), dim3(unsigned(blocks)),
+  VQKERNELS_LAUNCH((search_warpgroups<Half, kScreened, kSteps>), dim3(unsigned(blocks)),
                    dim3(Layout::kThreads), Layout::kBytes, context.stream)
   (search);
 }
 
-template <typename Half, bool kScreened, int kSteps>
-void launch(const Search& search, int groups, const Context& context) {
-  constexpr int kMost = most_warpgroups(kSteps);
-  if (groups != kMost) {
-    launch<Half, kScreened, 2, kSteps>(search, context);
-  } else {
-    launch<Half, kScreened, kMost, kSteps>(search, context);
-  }
-}
-
 template <typename Half, bool kScreened>
-void launch(const Search& search, int groups, const Context& context) {
+void launch(const Search& search, const Context& context) {
   const int steps = blocks_for(search.width, kStep);
   if (steps <= 2) {
-    launch<Half, kScreened, 2>(search, groups, context);
+    launch<Half, kScreened, 2>(search, context);
   } else if (steps <= 4) {
-    launch<Half, kScreened, 4>(search, groups, context);
+    launch<Half, kScreened, 4>(search, context);
   } else if (steps <= 8) {
-    launch<Half, kScreened, 8>(search, groups, context);
+    launch<Half, kScreened, 8>(search, context);
   } else if (steps <= 12) {
-    launch<Half, kScreened, 12>(search, groups, context);
+    launch<Half, kScreened, 12>(search, context);
   } else {
-    launch<Half, kScreened, 16>(search, groups, context);
+    launch<Half, kScreened, 16>(search, context);
   }
 }
 
@@ -51,14 +41,13 @@ bool warpgroups_compiled() {
 #endif
 }
 
-void launch_warpgroups(const Search& search, bool screened, DType half, int groups,
-                       const Context& context) {
+void launch_warpgroups(const Search& search, bool screened, DType half, const Context& context) {
   if (screened) {
-    launch<__half, true>(search, groups, context);
+    launch<__half, true>(search, context);
   } else if (half == DType::f16) {
-    launch<__half, false>(search, groups, context);
+    launch<__half, false>(search, context);
   } else {
-    launch<__nv_bfloat16, false>(search, groups, context);
+    launch<__nv_bfloat16, false>(search, context);
   }
 }
 

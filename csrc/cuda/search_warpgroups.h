@@ -23,15 +23,14 @@
 
 namespace vqkernels::cuda {
 
-constexpr int kWarpgroup = 4 * kWarp;
 constexpr int kHalfTile = 64;
 constexpr int kSwizzleBytes = 1024;  // what shared tiles are aligned to
 
 // Columns are padded to kSteps tensor-core steps.
-template <int kGroups, int kSteps>
+template <int kSteps>
 struct WarpgroupLayout {
-  static constexpr int kRows = 64 * kGroups;
-  static constexpr int kThreads = kWarpgroup * kGroups;
+  static constexpr int kRows = 64 * kWarpgroups;
+  static constexpr int kThreads = 4 * kWarp * kWarpgroups;
   static constexpr int kSlotsOfThread = 2;  // rows of which a thread holds scores
   static constexpr int kChunks = (kSteps * kStep + kChunk - 1) / kChunk;
   static constexpr int kChunkOfTile = kTileCodes * kChunkBytes;
@@ -95,11 +94,11 @@ __device__ __forceinline__ RowTerms terms_of(const uint32_t (&a)[kSteps][4], int
   return terms_of_halves(squares, finite != 0, zero != 0, kSteps);
 }
 
-template <typename Half, bool kScreened, int kGroups, int kSteps>
-__global__ void __launch_bounds__(kWarpgroup* kGroups, warpgroup_blocks(kGroups, kSteps))
+template <typename Half, bool kScreened, int kSteps>
+__global__ void __launch_bounds__(WarpgroupLayout<kSteps>::kThreads, warpgroup_blocks(kSteps))
     search_warpgroups(Search call) {
 #ifdef VQKERNELS_WARPGROUPS
-  using Layout = WarpgroupLayout<kGroups, kSteps>;
+  using Layout = WarpgroupLayout<kSteps>;
   constexpr int kRows = Layout::kRows, kThreads = Layout::kThreads, kStages = Layout::kStages;
   constexpr int kSlotsOfThread = Layout::kSlotsOfThread;
   VQKERNELS_DYNAMIC_SHARED(char, unaligned);

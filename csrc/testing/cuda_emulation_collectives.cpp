@@ -314,7 +314,8 @@ void mbarrier_wait(void* address, int parity, Site site) {
   if (is_disabled(site)) return;
   Thread& thread = self();
   for (int turn = 0; barrier_at(address, site).phase % 2 == parity; ++turn) {
-    if (end_phase(barrier_at(address, site))) break;
+    // Copies land late: all other threads run up to a wait of their own first.
+    if (turn > 0 && end_phase(barrier_at(address, site))) break;
     if (turn == most_turns) {
       const CopyBarrier& barrier = barrier_at(address, site);
       fault("deadlock: mbarrier with " + std::to_string(barrier.arrived) + " of " +

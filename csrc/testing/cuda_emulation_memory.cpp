@@ -196,7 +196,7 @@ struct Check {
   // Whether all is well with one byte.
   bool one(const Region& region, Byte& byte) const {
     if (byte.in_flight) {
-      report("missing cp.async wait", ", which a copy issued at " +
+      report("missing wait for a copy", ", which a copy issued at " +
                                           text(place_of(byte.write.place)) + " has not filled yet");
       return false;
     }

@@ -4,12 +4,20 @@
 
 #include "../cuda/tensor_core.h"
 
+using vqkernels::cuda::bulk_copy;
 using vqkernels::cuda::cp_async_16;
 using vqkernels::cuda::cp_async_commit;
 using vqkernels::cuda::cp_async_wait;
 using vqkernels::cuda::ldmatrix_x2;
 using vqkernels::cuda::ldmatrix_x4;
+using vqkernels::cuda::mbarrier_arrive_expecting;
+using vqkernels::cuda::mbarrier_init;
+using vqkernels::cuda::mbarrier_wait;
 using vqkernels::cuda::mma_16816;
+using vqkernels::cuda::warpgroup_commit;
+using vqkernels::cuda::warpgroup_mma;
+using vqkernels::cuda::warpgroup_mma_packed;
+using vqkernels::cuda::warpgroup_wait;
 
 namespace {
 
@@ -335,6 +343,92 @@ __global__ void misaligned_matrix_row(const float* in, float* out, bool broken) 
   out[place()] = __uint_as_float(tiles[3]);
 }
 
+// Bulk copies and warpgroups ----------------------------------------------------------------------
+
+// Copies the first `block` floats of `in` to `tile`, which a barrier stands behind.
+__device__ uint64_t* start_bulk_copy(float* tile, const float* in, int announced) {
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(tile + block);
+  if (threadIdx.x == 0) mbarrier_init(arrived, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expecting(arrived, announced);
+    bulk_copy(tile, in, block * 4, arrived);
+  }
+  return arrived;
+}
+
+__global__ void bulk_copy_without_wait(const float* in, float* out, bool broken) {
+  VQKERNELS_DYNAMIC_SHARED(float, tile);
+  uint64_t* arrived = start_bulk_copy(tile, in, block * 4);
+  if (broken) __syncthreads();
+  if (!broken) mbarrier_wait(arrived, 0);
+  out[place()] = tile[threadIdx.x];  // bulk_copy_without_wait
+}
+
+__global__ void bulk_copy_into_what_is_read(const float* in, float* out, bool broken) {
+  VQKERNELS_DYNAMIC_SHARED(float, tile);
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(tile + block);
+  tile[threadIdx.x] = in[threadIdx.x];
+  if (threadIdx.x == 0) mbarrier_init(arrived, 1);
+  __syncthreads();
+  const float value = tile[block - 1 - threadIdx.x];  // bulk_copy_into_what_is_read
+  if (!broken) __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expecting(arrived, block * 4);
+    bulk_copy(tile, in, block * 4, arrived);  // bulk_copy_into_what_is_read
+  }
+  mbarrier_wait(arrived, 0);
+  out[place()] = value + tile[threadIdx.x];
+}
+
+__global__ void fewer_bytes_than_announced(const float* in, float* out, bool broken) {
+  VQKERNELS_DYNAMIC_SHARED(float, tile);
+  uint64_t* arrived = start_bulk_copy(tile, in, block * (broken ? 8 : 4));
+  mbarrier_wait(arrived, 0);  // fewer_bytes_than_announced
+  out[place()] = tile[threadIdx.x];
+}
+
+// 64 codes of 16 columns, 2048 bytes, by two copies.
+__global__ void products_of_what_threads_wrote(const float* in, float* out, bool broken) {
+  VQKERNELS_DYNAMIC_SHARED(float, codes);
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(codes + 512);
+  if (threadIdx.x == 0) mbarrier_init(arrived, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expecting(arrived, 2048);
+    for (int half = 0; half < 2; ++half) bulk_copy(codes + half * 256, in, 1024, arrived);
+  }
+  mbarrier_wait(arrived, 0);
+  __syncthreads();
+  if (broken) codes[threadIdx.x] = 0;
+  __syncthreads();
+  float sums[32] = {};
+  const uint32_t rows[4] = {};
+  warpgroup_mma_packed<__half>(sums, rows, codes);  // products_of_what_threads_wrote
+  warpgroup_commit();
+  warpgroup_wait<0>();
+  out[place()] = sums[0];
+}
+
+__global__ void misaligned_codes(const float* in, float* out, bool broken) {
+  VQKERNELS_DYNAMIC_SHARED(char, unaligned);
+  char* codes = unaligned + (-reinterpret_cast<uintptr_t>(unaligned) & 1023);
+  uint64_t* arrived = reinterpret_cast<uint64_t*>(codes + 9216);
+  if (threadIdx.x == 0) mbarrier_init(arrived, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expecting(arrived, 9216);
+    for (int part = 0; part < 9; ++part) bulk_copy(codes + part * 1024, in, 1024, arrived);
+  }
+  mbarrier_wait(arrived, 0);
+  float sums[32];
+  const uint32_t rows[4] = {};
+  warpgroup_mma<__half>(sums, rows, codes + (broken ? 512 : 0), 0, false);  // misaligned_codes
+  warpgroup_commit();
+  warpgroup_wait<0>();
+  out[place()] = sums[0];
+}
+
 SELFTEST(barrier_left_out, 2, 0)
 SELFTEST(divergent_barrier, 2, 0)
 SELFTEST(barrier_after_exit, 2, 0)
@@ -370,6 +464,11 @@ SELFTEST(copy_into_what_is_read, 2, block * sizeof(float))
 SELFTEST(copy_from_out_of_bounds, 2, block * sizeof(float))
 SELFTEST(misaligned_copy, 2, block * sizeof(float) + 16)
 SELFTEST(misaligned_matrix_row, 2, 0)
+SELFTEST(bulk_copy_without_wait, 2, block * sizeof(float) + 16)
+SELFTEST(bulk_copy_into_what_is_read, 2, block * sizeof(float) + 16)
+SELFTEST(fewer_bytes_than_announced, 2, block * sizeof(float) + 16)
+SELFTEST(products_of_what_threads_wrote, 2, 2048 + 16)
+SELFTEST(misaligned_codes, 2, 10240 + 16)
 
 // What must work ----------------------------------------------------------------------------------
 

@@ -77,6 +77,19 @@ def _channel_first(calls: CudaCalls) -> None:
     check_nearest(calls, x, codebook, "l2")
 
 
+def _crowded(warpgroups: int) -> Callable[[CudaCalls], None]:
+    """Thirty codes around each of ten places, closer together than the screen can tell."""
+
+    def run(calls: CudaCalls) -> None:
+        places = torch.randn(10, 40, generator=data.generator(0))
+        codebook = places.repeat(30, 1)
+        codebook += 1e-4 * torch.randn(codebook.shape, generator=data.generator(1))
+        x = places.repeat(8, 1) + 0.1 * torch.randn(80, 40, generator=data.generator(2))
+        check_nearest(calls, x, codebook, "l2", warpgroups=warpgroups)
+
+    return run
+
+
 def _broken(calls: CudaCalls) -> None:
     for dtype in (FP32, FP16):
         x, codebook = (part.to(dtype) for part in data.make("gaussian", 40, 140, 16))
@@ -175,18 +188,25 @@ def cases() -> list[Case]:
     """Fast enough to run some hundred times."""
     return [
         _nearest("three-terms", 70, 300, 8),
-        _nearest("many-chunks", 70, 140, 200, kind="midpoints"),
+        _nearest("three-terms-warps", 70, 300, 8, warpgroups=1),
+        _nearest("many-chunks", 70, 140, 200, kind="midpoints", warpgroups=1),
+        _nearest("warpgroups-whole", 130, 1100, 256, FP16),
+        _nearest("warpgroups-tails", 70, 620, 136, BF16, "dot"),
+        _nearest("warpgroups-screened", 140, 700, 120, kind="midpoints", splits=2),
+        _nearest("warpgroups-cosine", 70, 300, 64, FP16, "cosine"),
         _nearest("two-stages", 70, 300, 72, device=SMALL),
         _nearest("streamed", 70, 140, 264, FP16),
         _nearest("streamed-two-stages", 70, 140, 264, device=SMALL),
-        _nearest("tall", 300, 140, 136, device=Device(multiprocessors=1)),
+        _nearest("tall", 300, 140, 136, warpgroups=1),
         _nearest("streamed-for-room", 70, 140, 200, device=SMALL),
-        _nearest("direct-bf16", 130, 260, 24, BF16, "dot"),
-        _nearest("direct-cosine", 70, 300, 64, FP16, "cosine"),
+        _nearest("direct-bf16", 130, 260, 24, BF16, "dot", warpgroups=1),
+        _nearest("direct-fp16", 70, 300, 64, FP16, warpgroups=1),
         _nearest("splits", 20, 700, 20, metric="cosine", splits=3),
         _nearest("duplicates", 70, 300, 16, kind="duplicated"),
         _nearest("near-ties", 100, 300, 40, kind="neighbours"),
         _nearest("collapsed", 20, 300, 40, kind="collapsed"),
+        Case("nearest-crowded", _crowded(2)),
+        Case("nearest-crowded-warps", _crowded(1)),
         Case("nearest-books", _books),
         Case("nearest-channel-first", _channel_first),
         Case("nearest-broken", _broken),

@@ -1,4 +1,4 @@
-"""Every barrier and cp_async_wait of csrc/cuda is needed: without it, some case fails."""
+"""Every barrier, and every wait for copies or products, of csrc/cuda is needed: without it, some case fails."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from cases import Case, cases
 from cuda_calls import CudaCalls
 from emulator import CSRC, KERNELS, Emulator, modes
 
-CALL = re.compile(r"\b(__syncthreads(_and|_or|_count)?|__syncwarp|cp_async_wait<.*>)\(")
+CALL = re.compile(
+    r"\b(__syncthreads(_and|_or|_count)?|__syncwarp|cp_async_wait<.*>|warpgroup_wait<.*>"
+    r"|mbarrier_wait)\("
+)
 # Where these calls are declared, not made.
 WRAPPERS = {"language.h", "tensor_core.h"}
 ORDERS = [("forward", 0), ("reverse", 0), ("shuffled", 1)]

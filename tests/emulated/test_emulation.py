@@ -31,7 +31,7 @@ BOUNDS = "out of bounds"
 MISALIGNED = "misaligned access"
 SHARED_RACE = "race on shared memory"
 GLOBAL_RACE = "race on global memory"
-NO_WAIT = "missing cp.async wait"
+NO_WAIT = "missing wait for a copy"
 
 # What each kernel's fault is called. `always`: also without memory checks.
 ALWAYS = {
@@ -45,6 +45,8 @@ ALWAYS = {
     "deadlock": {"deadlock"},
     "misaligned_copy": {MISALIGNED},
     "misaligned_matrix_row": {MISALIGNED},
+    "fewer_bytes_than_announced": {"deadlock"},
+    "misaligned_codes": {"misaligned wgmma"},
 }
 CHECKED = {
     # Which of the two shows first depends on the order.
@@ -73,6 +75,9 @@ CHECKED = {
     "copy_without_barrier": {SHARED_RACE, NO_WAIT},
     "copy_into_what_is_read": {SHARED_RACE, NO_WAIT},
     "copy_from_out_of_bounds": {BOUNDS},
+    "bulk_copy_without_wait": {NO_WAIT},
+    "bulk_copy_into_what_is_read": {SHARED_RACE, NO_WAIT},
+    "products_of_what_threads_wrote": {"missing async proxy fence"},
 }
 # Seen by AddressSanitizer or UBSan, which end the process, or by the emulation with their help.
 SANITIZED = {

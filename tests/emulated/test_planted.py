@@ -56,16 +56,48 @@ FAULTS = (
     Fault(
         "fragment of B",
         "search_tiles.h",
-        "b_row = lane % 8 + lane / 16 * 8, b_piece = lane / 8 % 2",
-        "b_row = lane % 16, b_piece = lane / 16",
+        "b_row = lane % 8 + lane / 16 * 8, b_piece = step * 2 + lane / 8 % 2",
+        "b_row = lane % 16, b_piece = step * 2 + lane / 16",
     ),
-    Fault("fragment of A", "search_tiles.h", "a_piece = lane / 16;", "a_piece = lane / 8 % 2;"),
+    Fault(
+        "fragment of A",
+        "search_tiles.h",
+        "a_piece = step * 2 + lane / 16;",
+        "a_piece = step * 2 + lane / 8 % 2;",
+    ),
     Fault(
         "row of a score",
         "search_tiles.h",
-        "float& score = scores[slot / 2][n][slot % 2 * 2 + j];",
-        "float& score = scores[slot / 2][n][j * 2 + slot % 2];",
+        "return scores[slot / 2][number / 2][slot % 2 * 2 + number % 2];",
+        "return scores[slot / 2][number / 2][number % 2 * 2 + slot % 2];",
     ),
+    Fault(
+        "row of a score of warpgroups",
+        "search_warpgroups.h",
+        "return scores[half][number / 2 * 4 + slot * 2 + number % 2];",
+        "return scores[half][number / 2 * 4 + number % 2 * 2 + slot];",
+    ),
+    Fault(
+        "a wait for the phase before",
+        "search_warpgroups.h",
+        "int stage = 0, parity = 0;",
+        "int stage = 0, parity = 1;",
+        "missing wait for a copy",
+    ),
+    Fault(
+        "a load too early",
+        "search_warpgroups.h",
+        "start_load(tile + kStages);",
+        "start_load(tile + kStages - 1);",
+        "more arrivals than it has places",
+    ),
+    Fault(
+        "permutation of tiles",
+        "prepare.h",
+        "column % kChunk / kPiece ^ (code & 7)",
+        "column % kChunk / kPiece ^ (code & 3)",
+    ),
+    Fault("a part of the bias", "prepare.h", "if (lane == part) part", "if (lane == 0) part"),
     Fault(
         "permutation of shared memory",
         "search_tiles.h",
@@ -75,15 +107,15 @@ FAULTS = (
     Fault("a stage too many", "search_tiles.h", "stage + 1 == stages", "stage == stages"),
     Fault(
         "no bound",
-        "search_tiles.h",
-        "fmaf(row.error, norm, fmaf(row.norm, error, of_bias))",
+        "candidates.h",
+        "fmaf(row.error, tile.norm, fmaf(row.norm, tile.error, of_bias))",
         "of_bias",
     ),
     Fault(
         "codes that are not named",
-        "search_tiles.h",
-        "          open = fmaxf(open, upper);\n          upper = high;",
-        "          upper = high;",
+        "candidates.h",
+        "open(slot, thread) = fmaxf(open(slot, thread), fminf(second, high));",
+        "",
     ),
     Fault(
         "first of equals",
@@ -110,8 +142,10 @@ def _planted(fault: Fault) -> Emulator:
     copy = BUILD / "planted" / hashlib.sha256(text.encode()).hexdigest()[:16]
     shutil.copytree(CSRC, copy, dirs_exist_ok=True)
     (copy / "cuda" / fault.file).write_text(text)
-    kernel = "quantize.cu" if fault.file == "quantize.cu" else "nearest_code.cu"
-    sources = [copy / "cuda" / kernel if path.name == kernel else path for path in KERNELS]
+    changed = {"quantize.cu"}
+    if fault.file != "quantize.cu":
+        changed = {"nearest_code.cu", "search_warpgroups.cu"}
+    sources = [copy / "cuda" / path.name if path.name in changed else path for path in KERNELS]
     return Emulator("race", tuple(sources))
 
 
