@@ -19,6 +19,8 @@ from vqkernels.triton import (
     gated_residual_backward,
     timestep_embedding,
 )
+from vqkernels.triton.modulation_rows import vector_of
+from vqkernels.triton.modulation_sums import add_up
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BATCH, TOKENS = 64, 256
@@ -88,6 +90,9 @@ _WIDE, _HALF, _SINGLE = _Inputs(16384, BF16), _Inputs(1152, FP16), _Inputs(1152,
 _FRAMES = _Inputs(1152, BF16, frames=TOKENS)
 _RAGGED = _Inputs(70, BF16, tokens=37)
 _GELU = _Inputs(4608, BF16)
+_SUMS, _ROW = _empty(4 * BATCH, 1152), _empty(1152, dtype=FP16)
+_SAMPLES = _empty(BATCH, 1152, dtype=FP16)
+_SCALES = vector_of(_HALF.scale, TOKENS)
 
 LAUNCHES: tuple[tuple[str, str, Call], ...] = (
     *(one for dim in (384, 1024, 1152, 3072, 8192, 16384) for one in _of_width(dim, BF16)),
@@ -103,8 +108,9 @@ LAUNCHES: tuple[tuple[str, str, Call], ...] = (
     ("_normalize_backward", "bf16-ragged", _RAGGED.fused_backward(passed=False)),
     ("_row_statistics", "bf16", _WIDE.norm()),
     ("_sums_along_rows", "bf16", _WIDE.norm_backward()),
-    ("_add_up", "plain", _Inputs(1152, BF16).norm_backward()),
-    ("_add_up", "affine", _Inputs(70, FP16, 16).norm_backward(affine=True)),
+    ("_add_up", "plain", lambda: add_up(_SUMS, _empty(BATCH, 1152, dtype=BF16))),
+    ("_add_up", "affine", lambda: add_up(_SUMS, _SAMPLES, affine=(_ROW, _ROW, _SUMS))),
+    ("_add_up", "scaled", lambda: add_up(_SUMS, _ROW, scale=(_SCALES, (4, 4, TOKENS)))),
     ("_gated_residual", "bf16-dim1152", _Inputs(1152, BF16).gated()),
     ("_gated_residual", "bf16-dim384", _Inputs(384, BF16).gated()),
     ("_gated_residual", "bf16-dim3072", _Inputs(3072, BF16).gated()),

@@ -135,7 +135,8 @@ def _bias_gelu(
     column64 = column.to(tl.int64)[None, :]
     u = tl.load(x + row[:, None] * x_stride + column64, mask=used, other=0.0).to(tl.float32)
     if BIASED:
-        u += tl.load(bias + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+        at = bias + column.to(tl.int64)
+        u += tl.load(at, mask=column < D, other=0.0).to(tl.float32)[None, :]
     value = _tanh_value(u) if TANH else _erf_value(u)
     tl.store(out + row[:, None] * D + column64, value, mask=used)
 
@@ -166,7 +167,8 @@ def _bias_gelu_backward(
     column64 = column.to(tl.int64)[None, :]
     inside_d = column < D
     if BIASED:
-        added = tl.load(bias + column, mask=inside_d, other=0.0).to(tl.float32)[None, :]
+        biases = bias + column.to(tl.int64)
+        added = tl.load(biases, mask=inside_d, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for step in tl.range(0, chunk, ROWS, num_stages=STAGES):
         in_chunk = step + tl.arange(0, ROWS)

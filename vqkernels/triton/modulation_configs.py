@@ -53,8 +53,9 @@ CONFIGS = (
               "16 elements a thread of each of x, the gradient and two sums; 512 programs of four "
               "warps fill 132 multiprocessors once, and 64 rows keep the sums' traffic under 5%"),
     RowConfig("norm backward", 1536, 2, 0, 4, 1, 64, 512, "as above, 24 elements a thread"),
-    RowConfig("norm backward", 4096, 1, 0, 8, 1, 64, 512, "as above, 16 elements a thread"),
-    RowConfig("norm backward", 0, 2, 2048, 8, 1, 64, 512,
+    RowConfig("norm backward", 3072, 1, 0, 8, 1, 64, 512, "as above, 16 elements a thread at most"),
+    RowConfig("norm backward", 4096, 1, 0, 16, 1, 64, 512, "as above; 8 warps would spill"),
+    RowConfig("norm backward", 0, 2, 1024, 8, 1, 64, 512,
               "sums along rows first, then blocks of columns: 8192 columns would spill"),
 
     RowConfig("gate", 1024, 4, 0, 4, 1, 0, 0, "up to 32 elements a thread and tensor"),

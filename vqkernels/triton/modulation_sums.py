@@ -128,8 +128,10 @@ def _add_up(
     result = tl.sum(total, 0)
     if MODE == AFFINE:
         if WEIGHTED:
-            result *= tl.load(weight + column, mask=inside_d, other=0.0).to(tl.float32)
+            at = weight + column.to(tl.int64)
+            result *= tl.load(at, mask=inside_d, other=0.0).to(tl.float32)
         if BIASED:
-            added = tl.load(bias + column, mask=inside_d, other=0.0).to(tl.float32)
+            at = bias + column.to(tl.int64)
+            added = tl.load(at, mask=inside_d, other=0.0).to(tl.float32)
             result += added * tl.sum(total_beside, 0)
     tl.store(out + row.to(tl.int64) * D + column.to(tl.int64), result, mask=inside_d)
