@@ -108,6 +108,8 @@ LAUNCHES: tuple[tuple[str, str, Call], ...] = (
     ("_normalize_backward", "bf16-ragged", _RAGGED.fused_backward(passed=False)),
     ("_row_statistics", "bf16", _WIDE.norm()),
     ("_sums_along_rows", "bf16", _WIDE.norm_backward()),
+    ("_add_all", "bf16-gated", _Inputs(1152, BF16).fused_backward()),
+    ("_add_all", "fp32", _SINGLE.norm_backward()),
     ("_add_up", "plain", lambda: add_up(_SUMS, _empty(BATCH, 1152, dtype=BF16))),
     ("_add_up", "affine", lambda: add_up(_SUMS, _SAMPLES, affine=(_ROW, _ROW, _SUMS))),
     ("_add_up", "scaled", lambda: add_up(_SUMS, _ROW, scale=(_SCALES, (4, 4, TOKENS)))),
@@ -132,6 +134,7 @@ _ONE = _Inputs(1, FP32, tokens=1)
 ONES: tuple[tuple[str, str, Call], ...] = (
     ("_normalize", "ones", _ONE.norm(affine=True)),
     ("_normalize_backward", "ones", _ONE.norm_backward(affine=True)),
+    ("_add_all", "ones", _ONE.norm_backward(affine=True)),
     ("_add_up", "ones", _ONE.norm_backward(affine=True)),
     ("_gated_residual_backward", "ones", _ONE.gated_backward()),
     ("_bias_gelu_backward", "ones", _ONE.gelu_backward("none")),

@@ -46,7 +46,7 @@ from vqkernels.triton.modulation_rows import (
     vector_offset,
     zeros_like_rows,
 )
-from vqkernels.triton.modulation_sums import add_up, sums_of
+from vqkernels.triton.modulation_sums import add_all, add_up, sums_of
 
 Gated = tuple[Tensor | None, Tensor, Tensor]
 
@@ -166,10 +166,12 @@ def normalize_backward(
         num_warps=config.num_warps,
         **modes,
     )
-    add_up(grad_sums, grad_shift)
-    add_up(normed_sums, grad_scale, affine=None if plain else (weight, bias, grad_sums))
-    if gated:
-        add_up(gate_sums, grad_gate)
+    pairs = [(grad_sums, grad_shift)]
+    pairs += [(normed_sums, grad_scale)] if plain else []
+    pairs += [(gate_sums, grad_gate)] if gated else []
+    add_all(*pairs)
+    if not plain:
+        add_up(normed_sums, grad_scale, affine=(weight, bias, grad_sums))
     factor = (scales, (tokens // spans.length * per_span, per_span, spans.length))
     if weight is not None:
         add_up(normed_sums, grad_weight, scale=factor)

@@ -32,7 +32,7 @@ from vqkernels.triton.modulation_rows import (
     vector_offset,
     zeros_like_rows,
 )
-from vqkernels.triton.modulation_sums import add_up, sums_of
+from vqkernels.triton.modulation_sums import add_all, sums_of
 
 
 def gated_residual(
@@ -106,7 +106,8 @@ def gated_residual_backward(
         EXACT=dim == d_blocks * sum(parts),
         num_warps=config.num_warps,
     )
-    return grad_x, add_up(sums, grad_gate)
+    add_all((sums, grad_gate))
+    return grad_x, grad_gate
 
 
 @triton.jit

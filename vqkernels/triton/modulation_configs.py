@@ -40,7 +40,6 @@ class RowConfig:
 CONFIGS = (
     RowConfig("norm", 512, 4, 0, 4, 1, 0, 0,
               "16 elements a thread and tensor; four rows share a load of the vectors"),
-    RowConfig("norm", 1024, 4, 0, 8, 1, 0, 0, "as above"),
     RowConfig("norm", 1536, 1, 0, 2, 1, 0, 0,
               "measured on an H100 at 1152: 96% of the copy rate; one row by four warps 86%, two "
               "rows by two warps 83%, by four 76%"),

@@ -80,6 +80,79 @@ def add_up(
     return out if target is out else add_up(target, out)
 
 
+def add_all(*pairs: tuple[Tensor, Tensor]) -> None:
+    """`add_up` of one to three (sums, out), of one width, in one launch where chunks are few."""
+    few = []
+    for sums, out in pairs:
+        if sums is not out and sums.shape[0] * out.shape[-1] <= GROUP * out.numel():
+            few.append((sums, out))
+        else:
+            add_up(sums, out)
+    if not few:
+        return
+    dim = few[0][0].shape[-1]
+    vectors = [out.numel() // dim for _, out in few]
+    counts = [sums.shape[0] // of for (sums, _), of in zip(few, vectors, strict=True)]
+    slots = [*few, *few[:1], *few[:1]][:3]
+    launch(
+        _add_all,
+        sum(vectors) * triton.cdiv(dim, _BLOCK),
+        *(tensor for slot in slots for tensor in slot),
+        tuple([*vectors, 0, 0][:3]),
+        tuple([*counts, 0, 0][:3]),
+        dim,
+        USED=len(few),
+        ROWS=_ROWS,
+        BLOCK_D=_BLOCK,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _add_all(
+    sums,
+    out,
+    more_sums,
+    more_out,
+    last_sums,
+    last_out,
+    vectors,
+    counts,
+    D,
+    USED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: one vector of one of the outputs, a block of its columns."""
+    blocks = tl.cdiv(D, BLOCK_D)
+    row = tl.program_id(0) // blocks
+    column = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    if row < vectors[0]:
+        _add_chunks(sums, out, row, counts[0], column, D, ROWS, BLOCK_D)
+    if USED > 1:
+        row -= vectors[0]
+        if (row >= 0) & (row < vectors[1]):
+            _add_chunks(more_sums, more_out, row, counts[1], column, D, ROWS, BLOCK_D)
+    if USED > 2:
+        row -= vectors[1]
+        if row >= 0:
+            _add_chunks(last_sums, last_out, row, counts[2], column, D, ROWS, BLOCK_D)
+
+
+@triton.jit
+def _add_chunks(sums, out, row, count, column, D, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    inside_d = column < D
+    column = column.to(tl.int64)
+    first = row.to(tl.int64) * count
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for start in range(0, count, ROWS):
+        chunk = start + tl.arange(0, ROWS)
+        at = sums + (first + chunk)[:, None] * D + column[None, :]
+        used = (chunk < count)[:, None] & inside_d[None, :]
+        total += tl.load(at, mask=used, other=0.0)
+    tl.store(out + row.to(tl.int64) * D + column, tl.sum(total, 0), mask=inside_d)
+
+
 @triton.jit
 def _add_up(
     sums,
