@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import vqkernels
+from vqkernels.backends import KERNELS
 
 DTYPES = [
     (torch.float32, torch.float32),
@@ -37,6 +38,8 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     by_frame, by_token = torch.randn(2, 3, 5), torch.randn(2, 6, 5)
     weight, bias = torch.randn(5), torch.randn(5)
     statistics = torch.rand(2, 6, 2) + 0.5
+    q, k = torch.randn(2, 4, 3, 4, 6).permute(1, 0, 3, 2, 4)[:2]
+    cos, sin, row = torch.randn(2, 3, 3), torch.randn(2, 3, 3), torch.randn(6)
     return {
         "nearest_code": ("nearest_code", (x, codebook, "l2", "exact", None)),
         "nearest_code, groups": ("nearest_code", (groups, books, "cosine", "exact", None)),
@@ -113,6 +116,19 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
             "ema_update",
             (books, torch.rand(3, 5), books + 1, torch.rand(3, 5), books, one * 0.9, 1e-5),
         ),
+        "qk_norm_rope": ("qk_norm_rope", (q, k, None, None, cos, sin, 1e-6, "rms", False)),
+        "qk_norm_rope, gradients": (
+            "qk_norm_rope",
+            (*need(*(t.clone() for t in (q, k, row, row))), cos[0], sin[0], 1e-6, "layer", True),
+        ),
+        "qk_norm_rope, half": (
+            "qk_norm_rope",
+            (q.half(), k.bfloat16(), None, row, None, None, 1e-6, "none", False),
+        ),
+        "qk_norm_rope_backward": (
+            "qk_norm_rope_backward",
+            (q, k, q, k, row, None, cos, sin, 1e-6, "rms", True),
+        ),
         "timestep_embedding": ("timestep_embedding", (torch.rand(5), 9, 10000.0)),
         "ada_layer_norm": ("ada_layer_norm", (tokens, shift, scale, None, None, 1e-6, "layer")),
         "ada_layer_norm, gradients": (
@@ -178,6 +194,7 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
 
 
 SAMPLES = samples()
+WITHOUT_CPU = tuple(op for op, kernels in KERNELS.items() if "cpu" not in kernels)
 
 
 def test_every_op_has_a_sample() -> None:
@@ -194,6 +211,8 @@ def test_every_op_has_a_sample() -> None:
 @pytest.mark.parametrize("case", SAMPLES)
 def test_opcheck(backend: str, case: str) -> None:
     op, arguments = SAMPLES[case]
+    if backend == "cpu" and op.startswith(WITHOUT_CPU):
+        pytest.skip("no kernel for the CPU")
     torch.library.opcheck(getattr(torch.ops.vqkernels, op).default, (*arguments, backend))
 
 

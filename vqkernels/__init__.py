@@ -16,7 +16,9 @@ from vqkernels.ops import (
     nearest_code,
     normal_noise,
     pack_codebook,
+    qk_norm_rope,
     quantize,
+    rope_tables,
     timestep_embedding,
 )
 
@@ -39,7 +41,9 @@ __all__ = [
     "nearest_code",
     "normal_noise",
     "pack_codebook",
+    "qk_norm_rope",
     "quantize",
+    "rope_tables",
     "timestep_embedding",
     "use_backend",
 ]

@@ -17,6 +17,8 @@ from vqkernels.triton import (
     gated_residual_ada_layer_norm,
     gated_residual_ada_layer_norm_backward,
     gated_residual_backward,
+    qk_norm_rope,
+    qk_norm_rope_backward,
     timestep_embedding,
 )
 from vqkernels.triton.modulation_rows import vector_of
@@ -86,6 +88,20 @@ def _of_width(dim: int, dtype: torch.dtype) -> tuple[tuple[str, str, Call], ...]
     return found if dim > 8192 else (*found, ("_normalize", f"{name}-gated", inputs.fused()))
 
 
+def _turned(dim: int, dtype: torch.dtype, interleaved: bool, norm: str = "rms") -> Call:
+    """q and k of a packed qkv."""
+    q, k, _ = _empty(8, 1024, 3, 16, dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+    row, table = _empty(dim, dtype=dtype), _empty(1024, dim // 2)
+    return lambda: qk_norm_rope(q, k, row, row, table, table, 1e-6, norm, interleaved)
+
+
+def _turned_back(dim: int, dtype: torch.dtype, interleaved: bool, norm: str = "rms") -> Call:
+    q, k, _ = _empty(8, 1024, 3, 16, dim, dtype=dtype).permute(2, 0, 3, 1, 4)
+    row, table = _empty(dim, dtype=dtype), _empty(1024, dim // 2)
+    rest = (row, row, table, table, 1e-6, norm, interleaved)
+    return lambda: qk_norm_rope_backward(q, k, q, k, *rest)
+
+
 _WIDE, _HALF, _SINGLE = _Inputs(16384, BF16), _Inputs(1152, FP16), _Inputs(1152, FP32)
 _FRAMES = _Inputs(1152, BF16, frames=TOKENS)
 _RAGGED = _Inputs(70, BF16, tokens=37)
@@ -127,9 +143,19 @@ LAUNCHES: tuple[tuple[str, str, Call], ...] = (
     ("_bias_gelu_backward", "bf16-tanh", _GELU.gelu_backward("tanh")),
     ("_bias_gelu_backward", "bf16-none", _GELU.gelu_backward("none")),
     ("_bias_gelu_backward", "fp32-tanh", _Inputs(4608, FP32).gelu_backward("tanh", biased=False)),
+    ("_qk_norm_rope", "bf16-dim64-half-split", _turned(64, BF16, False)),
+    ("_qk_norm_rope", "bf16-dim72-interleaved", _turned(72, BF16, True)),
+    ("_qk_norm_rope", "bf16-dim128-interleaved", _turned(128, BF16, True)),
+    ("_qk_norm_rope", "fp32-dim72-layer", _turned(72, FP32, False, "layer")),
+    ("_qk_norm_rope_backward", "bf16-dim64-half-split", _turned_back(64, BF16, False)),
+    ("_qk_norm_rope_backward", "bf16-dim72-interleaved", _turned_back(72, BF16, True)),
+    ("_qk_norm_rope_backward", "bf16-dim128-interleaved", _turned_back(128, BF16, True)),
+    ("_qk_norm_rope_backward", "fp32-dim72-layer", _turned_back(72, FP32, False, "layer")),
     ("_timestep_embedding", "fp32", lambda: timestep_embedding(_empty(256), 256, 1e4)),
 )
 _ONE = _Inputs(1, FP32, tokens=1)
+_HEAD, _COLUMN = _empty(1, 1, 1, 1), _empty(1)
+_HEADS = (_HEAD, _HEAD, _COLUMN, _COLUMN, None, None, 1e-6, "layer", False)
 # An argument of 1 is a constant to Triton and has no type.
 ONES: tuple[tuple[str, str, Call], ...] = (
     ("_normalize", "ones", _ONE.norm(affine=True)),
@@ -138,5 +164,7 @@ ONES: tuple[tuple[str, str, Call], ...] = (
     ("_add_up", "ones", _ONE.norm_backward(affine=True)),
     ("_gated_residual_backward", "ones", _ONE.gated_backward()),
     ("_bias_gelu_backward", "ones", _ONE.gelu_backward("none")),
+    ("_qk_norm_rope", "ones", lambda: qk_norm_rope(*_HEADS)),
+    ("_qk_norm_rope_backward", "ones", lambda: qk_norm_rope_backward(_HEAD, _HEAD, *_HEADS)),
     ("_timestep_embedding", "ones", lambda: timestep_embedding(_empty(1), 1, 1e4)),
 )

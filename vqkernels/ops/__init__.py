@@ -11,6 +11,7 @@ from vqkernels.ops.gated_residual_ada_layer_norm import gated_residual_ada_layer
 from vqkernels.ops.gather_codes import gather_codes
 from vqkernels.ops.nearest_code import nearest_code, pack_codebook
 from vqkernels.ops.normal_noise import normal_noise
+from vqkernels.ops.qk_norm_rope import qk_norm_rope, rope_tables
 from vqkernels.ops.quantize import QuantizeOutput, quantize
 from vqkernels.ops.timestep_embedding import timestep_embedding
 
@@ -28,6 +29,8 @@ __all__ = [
     "nearest_code",
     "normal_noise",
     "pack_codebook",
+    "qk_norm_rope",
     "quantize",
+    "rope_tables",
     "timestep_embedding",
 ]
