@@ -56,6 +56,36 @@ def run(backend: str, kind: str) -> None:
         print(f"{backend} {shape}: as the reference", flush=True)
 
 
+# Tokens, columns and vectors a sample: tails of rows and columns, rows that are read in blocks.
+MODULATED = ((9, 70, 1), (5, 1152, 5), (7, 64, 1), (3, 8200, 1))
+
+
+def modulate(backend: str, kind: str) -> None:
+    """The modulation ops and their gradients: close to the reference's."""
+    for tokens, dim, frames in MODULATED:
+        generator = torch.Generator().manual_seed(tokens)
+        x, residual = torch.randn(2, 2, tokens, dim, generator=generator).to(kind)
+        vectors = torch.randn(2, frames, 3 * dim, generator=generator).to(kind)
+        gate, shift, scale = vectors.chunk(3, -1)
+        leaves = [t.requires_grad_() for t in (x, residual, gate.detach(), shift.detach())]
+        found = []
+        for name in (backend, "reference"):
+            with vqkernels.use_backend(name):
+                normed, stream = vqkernels.gated_residual_ada_layer_norm(
+                    leaves[1], leaves[0], gate=leaves[2], shift=leaves[3], scale=scale
+                )
+                out = vqkernels.ada_layer_norm(
+                    normed, shift=shift, scale=scale, weight=x[0, 0].detach(), norm="rms"
+                )
+                out = vqkernels.gated_residual(stream, out, gate=gate)
+                out = vqkernels.bias_gelu(out, shift[0, 0])
+                found.append([out, *torch.autograd.grad(out.sum(), leaves)])
+        for mine, expected in zip(*found, strict=True):
+            limit = 1e-5 * float(expected.detach().abs().max())
+            torch.testing.assert_close(mine, expected, rtol=0, atol=limit)
+        print(f"{backend} modulation {tokens} x {dim}: as the reference", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dry-run", action="store_true")
@@ -63,6 +93,8 @@ def main() -> int:
     backends = our_backends(dry)
     for backend in backends:
         run(backend, "cpu" if dry else "cuda")
+        if backend != "cuda":
+            modulate(backend, "cpu" if dry else "cuda")
     return 0 if backends else 1
 
 
