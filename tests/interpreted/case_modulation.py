@@ -336,7 +336,7 @@ def test_parts_hold_every_width():
 
 
 def test_chunks_depend_on_the_shape_alone():
-    config = select_rows("norm backward", 1152)
+    config = dataclasses.replace(select_rows("norm backward", 1152), chunk=64, programs=512)
     assert chunk_rows(config, 256, 256, 2) == 64
     assert chunk_rows(config, 256, 32, 2) == 16
     assert chunk_rows(config, 256, 1, 2) == 2
