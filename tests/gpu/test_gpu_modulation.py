@@ -195,7 +195,8 @@ def test_bias_gelu(triton_backend, device, approximate, shape, dtype):
 
 @pytest.mark.parametrize("approximate", FORMS)
 def test_gelu_of_every_magnitude(triton_backend, device, approximate):
-    """Values within 3e-7 of |u| and slopes within 1e-6; a GPU's power of two is off by two ulp."""
+    """Values within 4e-7 of |u|: 2 ulp of a division (2.4e-7), a quarter of 2^-22 of a power of two
+    (0.6e-7) and the rounding of its sum with one (0.6e-7). Slopes within 1e-6."""
     sizes = torch.cat([torch.logspace(-30, 30, 20001), torch.linspace(0, 16, 60001)])
     x = torch.cat([sizes, -sizes]).view(2, -1).to(device)
     ones = torch.ones_like(x)
@@ -206,7 +207,7 @@ def test_gelu_of_every_magnitude(triton_backend, device, approximate):
         lambda x: F.gelu(x, approximate=approximate), (x.double().clamp(-20, 20),), [ones.double()]
     )
     exact_value = torch.where(x.abs() > 20, x.double().clamp(min=0), exact[0])
-    assert ((value.double() - exact_value).abs() <= 3e-7 * x.double().abs() + 1e-27).all()
+    assert ((value.double() - exact_value).abs() <= 4e-7 * x.double().abs() + 1e-27).all()
     assert (slope.double() - exact[1]).abs().max() <= 1e-6
 
 
