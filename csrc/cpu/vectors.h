@@ -83,6 +83,15 @@ inline void store_some(T* p, vf v, int64_t count) {
   std::memcpy(p, padded, size_t(count) * sizeof(T));
 }
 
+// Zeros from lane `count` on.
+inline vf first_lanes(vf v, int64_t count) {
+  if (count == kLanes) return v;
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t lane = count; lane < kLanes; ++lane) lanes[lane] = 0;
+  return load(lanes);
+}
+
 // Calls f(column, how many) for the vectors of a row; the last one may be short.
 template <typename F>
 inline __attribute__((always_inline)) void each_vector(int64_t columns, const F& f) {
@@ -165,7 +174,7 @@ inline float largest(vf v) {
 template <int kTerms>
 inline vf exp2(vf x) {
   static_assert(kTerms == 3 || kTerms == 5);
-  const vf clamped = maximum(x, splat(-200.0f));  // also -inf
+  const vf clamped = maximum(splat(-200.0f), x);  // also -inf; a NaN stays
 #if defined(__AVX512F__)
   const vf whole = (vf)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
 #else
@@ -190,7 +199,7 @@ inline vf exp2(vf x) {
 #else
   const vu power = ((vu)shifted) << 23;
   const vu scaled = (vu)y + power;
-  return (vf)(scaled & (vu)(clamped >= -126.0f));
+  return (vf)(scaled & ~(vu)(clamped < -126.0f));
 #endif
 }
 

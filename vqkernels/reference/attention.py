@@ -61,7 +61,8 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     weights, lse = _weights(q, k, attn_mask, is_causal, scale)  # [B, H, N, M], [B, H, N]
     values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).to(weights.dtype)
-    return like_queries(q, v.shape[-1]).copy_(weights @ values), lse.float()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return like_queries(q, v.shape[-1]).copy_(weights @ values), lse.to(wide)
 
 
 def attention_backward(
