@@ -69,29 +69,41 @@ def eager(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **arguments)
 
 
-def judge(inputs: tuple[Tensor, Tensor, Tensor], **arguments: Any) -> None:
-    """Twice eager's largest error and one unit in the last place of the largest number; in fp32,
-    where eager's error is a matter of luck, 4e-6 of the largest. What is zero in truth, as dq with
-    a single key, is a difference of numbers near one."""
+def flash(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, **arguments)
+
+
+def judge(
+    inputs: tuple[Tensor, Tensor, Tensor], peer: Any = eager, logit: float = 0.0, **arguments: Any
+) -> None:
+    """Twice the peer's largest error and one unit in the last place of the largest number. In fp32,
+    where the peer's error is a matter of luck, 4e-6 of the largest number and what the rounding of
+    a score of size `logit` does to its exponential. What is zero in truth, as dq with a single key,
+    is a difference of numbers as large as other gradients."""
     q, _, v = inputs
     grads = [randn(*q.shape[:-1], v.shape[-1], dtype=q.dtype)]
     ours = lambda *t: attention(*t, enable_gqa=True, **arguments)  # noqa: E731
+    low = lambda *t: peer(*t, **arguments)  # noqa: E731
     plain = lambda *t: eager(*t, **arguments)  # noqa: E731
     found = forward_and_backward(ours, inputs, grads)
-    low = forward_and_backward(plain, inputs, grads)
+    theirs = forward_and_backward(low, inputs, grads)
     exact = forward_and_backward(plain, [t.double() for t in inputs], [g.double() for g in grads])
-    for name, mine, theirs, true in zip(("out", "dq", "dk", "dv"), found, low, exact, strict=True):
+    magnitudes = [float(t.detach().abs().max()) if t.numel() else 0.0 for t in exact]
+    floor = 4e-6 * max(magnitudes)
+    for name, mine, their, true, largest in zip(
+        ("out", "dq", "dk", "dv"), found, theirs, exact, magnitudes, strict=True
+    ):
         assert mine.dtype == q.dtype
         assert mine.shape == true.shape
         if true.numel() == 0:
             continue
         assert mine.isfinite().all(), name
-        largest = true.abs().max()
-        allowed = 2 * (theirs.double() - true).abs().max() + torch.finfo(q.dtype).eps * largest
+        allowed = 2 * float((their.detach().double() - true.detach()).abs().max())
+        allowed += torch.finfo(q.dtype).eps * largest
         if q.dtype == FP32:
-            allowed = allowed.clamp(min=float(4e-6 * largest))
-        error = (mine.double() - true).abs().max()
-        assert error <= allowed.clamp(min=2e-6), f"{name}: {error:.3e} > {allowed:.3e}"
+            allowed = max(allowed, (4e-6 + 2**-22 * logit) * largest)
+        error = float((mine.detach().double() - true.detach()).abs().max())
+        assert error <= max(allowed, floor), f"{name}: {error:.3e} > {allowed:.3e}"
 
 
 @every_capability
@@ -133,9 +145,7 @@ def test_heads_that_share_keys(backend: str, mask: str, dtype: torch.dtype) -> N
 @every_capability
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "columns"), [(256, 200), (16, 160), (1, 1), (5, 3)])
-def test_values_of_another_width(
-    backend: str, dim: int, columns: int, dtype: torch.dtype
-) -> None:
+def test_values_of_another_width(backend: str, dim: int, columns: int, dtype: torch.dtype) -> None:
     judge(make(20, 35, dim, dtype, columns=columns))
 
 
@@ -146,12 +156,13 @@ def test_outliers(backend: str, dtype: torch.dtype) -> None:
     q, k, v = make(24, 70, 64, dtype)
     k[0, 0, 5] *= 60
     q[0, 1, 3] *= 40
-    judge((q, k, v))
+    judge((q, k, v), logit=float((q.double() @ k.double().mT / 8).abs().max()))
     q, k, v = make(24, 70, 64, dtype)
-    judge((q, k + 30, v))
-    judge((q, k, v + 100))
-    v[0, 0, 7], v[1, 1, 9] = 65504 / 4, -65504 / 4
-    judge((q, k, v))
+    judge((q, k + 30, v), logit=30.0)
+    # As in PyTorch's own kernel, a query's delta is formed from its rounded output.
+    judge((q, k, v + 100), peer=flash)
+    v[0, 0, 7], v[1, 1, 9] = 65504, -65504
+    judge((q, k, v), peer=flash)
 
 
 @every_capability
@@ -178,11 +189,12 @@ def test_finfo_min_in_a_mask(backend: str, dtype: torch.dtype) -> None:
     mask = torch.zeros(6, 20, dtype=dtype)
     mask[:, ::3] = torch.finfo(dtype).min
     judge((q, k, v), attn_mask=mask)
-    mask[2] = torch.finfo(torch.float32).min if dtype != FP16 else torch.finfo(dtype).min
-    mean = v.double().mean(2)
-    if dtype != FP16:  # whose least number leaves scores their digits
+    mask[2] = torch.finfo(dtype).min
+    if dtype != FP16:  # whose least number leaves scores some digits
         out = attention(q, k, v, attn_mask=mask)[:, :, 2]
-        torch.testing.assert_close(out.double(), mean, rtol=0.01, atol=0.01)
+        mean = v.double().mean(2)
+        bound = 2e-6 if dtype == FP32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(out.double(), mean, rtol=bound, atol=bound)
 
 
 @every_capability
@@ -214,7 +226,7 @@ def test_what_is_no_number_stays_in_its_row(backend: str, dtype: torch.dtype) ->
     out = attention(q, k, v)
     assert out[0, 1, 3].isnan().all()
     out[0, 1, 3] = clean[0, 1, 3]
-    torch.testing.assert_close(out, clean)
+    assert torch.equal(out, clean)
 
 
 @every_capability
@@ -273,12 +285,10 @@ def test_same_bits_at_any_number_of_threads(
 @every_capability
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(0, 2, 4, 5, 8), (2, 0, 4, 5, 8), (2, 2, 0, 5, 8), (2, 2, 4, 0, 8)]
+    "shape", [(0, 2, 4, 5, 8), (2, 2, 0, 5, 8), (2, 2, 4, 0, 8), (2, 2, 4, 5, 0)]
 )
 def test_empty(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     batch, heads, queries, keys, dim = shape
-    if heads == 0:
-        pytest.skip("an attention without heads is refused")
     q = randn(batch, heads, queries, dim, dtype=dtype)
     k, v = (randn(batch, heads, keys, dim, dtype=dtype) for _ in range(2))
     out, dq, dk, dv = forward_and_backward(attention, (q, k, v), [torch.ones_like(q)])

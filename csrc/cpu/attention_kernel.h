@@ -85,13 +85,12 @@ class AttentionHead {
     const float factor = task_.scale * kLog2E;
     const bool masked =
         task_.mask_kind != MaskKind::none || (task_.causal && key_ + keys_ - 1 > query);
-    const float bound = largest_norm(task_.dtype, task_.q, query, rows, task_.dim) * largest_key_ *
-                        std::fabs(factor) * 1.001f;
-    const bool narrow = !masked && 2 * bound < kNarrow;
     const int64_t width = whole_lanes(keys_);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = scores_ + r * block_;
-      float shift = bound;
+      const float norm = largest_norm(task_.dtype, task_.q, query + r, 1, task_.dim);
+      float shift = norm * largest_key_ * std::fabs(factor) * 1.001f;
+      const bool narrow = !masked && 2 * shift < kNarrow;
       if (!narrow) {
         for (int64_t i = 0; i < width; i += kLanes) {
           store(scores + i, load(scores + i) * splat(factor));

@@ -3,7 +3,9 @@
     o = softmax(scale * q k^T + mask) v
 
 The softmax is taken over blocks of keys as they pass, and nothing of size N x M is stored; the
-backward pass forms the weights anew from the logarithm of the softmax's denominator. Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.
+backward pass forms the weights anew from the logarithm of the softmax's denominator. Source:
+Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; the backward pass as in Dao et al. 2022,
+arXiv:2205.14135.
 """
 
 from __future__ import annotations
@@ -138,9 +140,11 @@ def attention(
         return_lse: also return the logarithm of the softmax's denominator, which has no gradient.
 
     Returns:
-        `[B, H, N, e]` in q's dtype, or in autocast's as PyTorch's; with `return_lse` also `[B, H, N]` in fp32 (float64 for
-        float64). A query without any key gives zeros and -inf. Gradients are deterministic; that
-        of an `attn_mask` that requires one is the reference's, whatever the backend.
+        `[B, H, N, e]` in q's dtype, or in autocast's as PyTorch's; with `return_lse` also
+        `[B, H, N]` in fp32 (float64 for float64). A query without any key gives zeros and -inf.
+        Gradients are deterministic; in half precision they are formed from the rounded output, as
+        those of PyTorch's own kernels. That of an `attn_mask` that requires one is the
+        reference's, whatever the backend.
 
     Raises:
         TypeError: a tensor is not floating point, or dtypes differ.
