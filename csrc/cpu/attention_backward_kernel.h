@@ -76,10 +76,8 @@ class AttentionBackward {
           add_tile(head, query, queries);
         }
       }
-      for (int64_t i = 0; i < keys_; ++i) {
-        write_row(dtype_, task_.dk, key_ + i, dk_ + i * dim_floats_, dim_, 1);
-        write_row(dtype_, task_.dv, key_ + i, dv_ + i * value_floats_, value_dim_, 1);
-      }
+      write_rows(dtype_, task_.dk, key_, keys_, dk_, dim_floats_, dim_, nullptr);
+      write_rows(dtype_, task_.dv, key_, keys_, dv_, value_floats_, value_dim_, nullptr);
     }
     for (int64_t head = 0; head < task_.count; ++head) turn(head);
   }
@@ -245,7 +243,7 @@ inline void attention_query_sums(const AttentionQuerySums& task) {
       part += task.apart;
       for (int64_t d = 0; d < task.dim; ++d) row[size_t(d)] += part[d];
     }
-    write_row(task.dtype, task.dq, query, row.data(), task.dim, 1);
+    write_rows(task.dtype, task.dq, query, 1, row.data(), 0, task.dim, nullptr);
   }
 }
 

@@ -66,7 +66,13 @@ class AttentionHead {
     if (keys_ == 0) return;
     pack_transposed<Words>(task_.dtype, task_.k, key_, keys_, task_.dim, k_panels());
     pack_straight<Words>(task_.dtype, task_.v, key_, keys_, task_.value_dim, v_panels());
-    largest_key_ = largest_norm(task_.dtype, task_.k, key_, keys_, task_.dim);
+    float norms[kKeyBlock];
+    row_norms(task_.dtype, task_.k, key_, keys_, task_.dim, norms);
+    largest_key_ = 0;
+    for (int64_t i = 0; i < keys_; ++i) {
+      if (!(norms[i] <= largest_key_)) largest_key_ = norms[i];
+      if (norms[i] != norms[i]) break;  // what is no number makes every bound one
+    }
   }
 
   Panels k_panels() const { return Panels(k_, whole_lanes(keys_), dim_words_); }
@@ -86,10 +92,11 @@ class AttentionHead {
     const bool masked =
         task_.mask_kind != MaskKind::none || (task_.causal && key_ + keys_ - 1 > query);
     const int64_t width = whole_lanes(keys_);
+    float norms[kQueryTile];
+    if (!masked) row_norms(task_.dtype, task_.q, query, rows, task_.dim, norms);
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = scores_ + r * block_;
-      const float norm = largest_norm(task_.dtype, task_.q, query + r, 1, task_.dim);
-      float shift = norm * largest_key_ * std::fabs(factor) * 1.001f;
+      float shift = masked ? 0 : norms[r] * largest_key_ * std::fabs(factor) * 1.001f;
       const bool narrow = !masked && 2 * shift < kNarrow;
       if (!narrow) {
         for (int64_t i = 0; i < width; i += kLanes) {
@@ -141,14 +148,16 @@ class AttentionHead {
   }
 
   void finish(int64_t query, int64_t rows, int64_t at) {
+    float factors[kQueryTile];
     for (int64_t r = 0; r < rows; ++r) {
       const float total = total_[at + r];
       // Not `total > 0`: what is no number has to show.
-      write_row(task_.dtype, task_.out, query + r, sums_ + (at + r) * value_floats_,
-                task_.value_dim, total == 0 ? 0.0f : 1 / total);
+      factors[r] = total == 0 ? 0.0f : 1 / total;
       if (task_.lse == nullptr) continue;
       task_.lse[query + r] = total == 0 ? -INFINITY : (most_[at + r] + std::log2(total)) / kLog2E;
     }
+    write_rows(task_.dtype, task_.out, query, rows, sums_ + at * value_floats_, value_floats_,
+               task_.value_dim, factors);
   }
 
   const AttentionTask& task_;

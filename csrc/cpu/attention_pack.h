@@ -44,7 +44,12 @@ inline vu words_at(const T* row, int64_t word, int64_t columns) {
     if (count == 2 * kLanes) {
       std::memcpy(&words, row + column, sizeof(words));
     } else {
+#if defined(__AVX512BW__)
+      const __mmask32 some = __mmask32((uint64_t(1) << count) - 1);
+      words = (vu)_mm512_maskz_loadu_epi16(some, row + column);
+#else
       std::memcpy(&words, row + column, size_t(count) * sizeof(T));
+#endif
     }
     return words;
   }
@@ -61,8 +66,9 @@ VQKERNELS_OUTLINE void pack_left(DType dtype, const HeadRows& rows, int64_t firs
     for (int64_t i = 0; i < count; ++i, out += words) {
       const T* row = row_at<T>(rows, first + i);
       for (int64_t word = 0; word < words; word += kLanes) {
-        const vu packed = words_at<Words>(row, word, columns);
-        std::memcpy(out + word, &packed, size_t(std::min<int64_t>(kLanes, words - word)) * 4);
+        const vf packed = (vf)words_at<Words>(row, word, columns);
+        store_at(reinterpret_cast<float*>(out) + word, 0, std::min<int64_t>(kLanes, words - word),
+                 packed);
       }
     }
   });
@@ -143,7 +149,8 @@ VQKERNELS_OUTLINE void pack_across(DType dtype, const HeadRows& rows, int64_t fi
         }
         transpose(words);
         for (int64_t i = 0; i < width; ++i) {
-          std::memcpy(out + (column + i) * stride + word, &words[i], size_t(here) * 4);
+          store_at(reinterpret_cast<float*>(out) + (column + i) * stride + word, 0, here,
+                   (vf)words[i]);
         }
       }
     }
@@ -178,10 +185,9 @@ VQKERNELS_OUTLINE inline void add_mask(const AttentionTask& task, int64_t query,
   }
 }
 
-// The largest |row| of some rows.
-VQKERNELS_OUTLINE inline float largest_norm(DType dtype, const HeadRows& rows, int64_t first,
-                                            int64_t count, int64_t columns) {
-  float most = 0;
+// |row| of some rows.
+VQKERNELS_OUTLINE inline void row_norms(DType dtype, const HeadRows& rows, int64_t first,
+                                        int64_t count, int64_t columns, float* norms) {
   dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t i = 0; i < count; ++i) {
@@ -191,12 +197,9 @@ VQKERNELS_OUTLINE inline float largest_norm(DType dtype, const HeadRows& rows, i
         const vf values = load_at(row, column, count);
         squares = multiply_add(values, values, squares);
       });
-      const float sum = sum_of(squares);
-      if (!(sum <= most)) most = sum;  // a NaN stays
-      if (sum != sum) return;
+      norms[i] = std::sqrt(sum_of(squares));
     }
   });
-  return std::sqrt(most);
 }
 
 VQKERNELS_OUTLINE inline float dot(DType dtype, const HeadRows& a, const HeadRows& b, int64_t row,
@@ -214,15 +217,19 @@ VQKERNELS_OUTLINE inline float dot(DType dtype, const HeadRows& a, const HeadRow
   return sum;
 }
 
-// Floats times a factor, as a row of the dtype.
-VQKERNELS_OUTLINE inline void write_row(DType dtype, const HeadRows& rows, int64_t row,
-                                        const float* from, int64_t columns, float factor) {
+// Rows of floats, `stride` apart, each times a factor (or 1), as rows of the dtype.
+VQKERNELS_OUTLINE inline void write_rows(DType dtype, const HeadRows& rows, int64_t first,
+                                         int64_t count, const float* from, int64_t stride,
+                                         int64_t columns, const float* factors) {
   dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    T* to = row_at<T>(rows, row);
-    each_vector(columns, [&](int64_t column, int64_t count) {
-      store_at(to, column, count, load(from + column) * splat(factor));
-    });
+    for (int64_t i = 0; i < count; ++i, from += stride) {
+      T* to = row_at<T>(rows, first + i);
+      const vf factor = splat(factors == nullptr ? 1.0f : factors[i]);
+      each_vector(columns, [&](int64_t column, int64_t count) {
+        store_at(to, column, count, load(from + column) * factor);
+      });
+    }
   });
 }
 

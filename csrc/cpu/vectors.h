@@ -72,6 +72,15 @@ inline void store(half_t* p, vf v) {
 template <typename T>
 inline vf load_some(const T* p, int64_t count) {
   T padded[kLanes] = {};
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 some = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return (vf)_mm512_maskz_loadu_ps(some, p);
+  if constexpr (sizeof(T) == 2) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(some, p);
+    std::memcpy(padded, &bits, sizeof(padded));
+    return load(padded);
+  }
+#endif
   std::memcpy(padded, p, size_t(count) * sizeof(T));
   return load(padded);
 }
@@ -79,6 +88,16 @@ inline vf load_some(const T* p, int64_t count) {
 template <typename T>
 inline void store_some(T* p, vf v, int64_t count) {
   T padded[kLanes];
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 some = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, some, (__m512)v);
+  if constexpr (sizeof(T) == 2) {
+    store(padded, v);
+    __m256i bits;
+    std::memcpy(&bits, padded, sizeof(bits));
+    return _mm256_mask_storeu_epi16(p, some, bits);
+  }
+#endif
   store(padded, v);
   std::memcpy(p, padded, size_t(count) * sizeof(T));
 }

@@ -20,11 +20,25 @@ constexpr int64_t kTasksEnough = 16;
 
 int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-HeadRows head_of(const Tensor& tensor, int64_t batch, int64_t head) {
-  const int64_t at = batch * tensor.stride(0) + head * tensor.stride(1);
-  const int64_t bytes = tensor.scalar_type() == ScalarType::Float ? 4 : 2;
-  return {static_cast<char*>(tensor.data_ptr()) + at * bytes, tensor.stride(2)};
-}
+// A tensor `[B, H, N, d]`, asked once for what every head needs.
+struct Heads {
+  Heads() = default;
+  explicit Heads(const Tensor& tensor)
+      : data(static_cast<char*>(tensor.data_ptr())),
+        batch_stride(tensor.stride(0)),
+        head_stride(tensor.stride(1)),
+        row_stride(tensor.stride(2)) {
+    const ScalarType type = tensor.scalar_type();
+    bytes = type == ScalarType::Bool ? 1 : type == ScalarType::Float ? 4 : 2;
+  }
+
+  HeadRows of(int64_t batch, int64_t head) const {
+    return {data + (batch * batch_stride + head * head_stride) * bytes, row_stride};
+  }
+
+  char* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0, bytes = 0;
+};
 
 // As reference.like_queries: heads lie beside each other in memory where q has them so.
 Tensor like_queries(const Tensor& q, int64_t columns) {
@@ -37,9 +51,18 @@ Tensor like_queries(const Tensor& q, int64_t columns) {
 
 // The arguments that forward and backward share, with rows that lie in one piece.
 struct Call {
-  Call(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
-       bool causal, double scale)
-      : q(dense_rows(q)), k(dense_rows(k)), v(dense_rows(v)), mask(attn_mask) {
+  Call(const Tensor& q_given, const Tensor& k_given, const Tensor& v_given,
+       const std::optional<Tensor>& attn_mask, bool causal, double scale)
+      : q(dense_rows(q_given)),
+        k(dense_rows(k_given)),
+        v(dense_rows(v_given)),
+        q_heads(q),
+        k_heads(k),
+        v_heads(v),
+        batches(q.size(0)),
+        heads(q.size(1)),
+        key_heads(k.size(1)),
+        group(heads / std::max<int64_t>(1, key_heads)) {
     common.dtype = dtype_of(q);
     common.queries = q.size(2);
     common.keys = k.size(2);
@@ -47,38 +70,28 @@ struct Call {
     common.value_dim = v.size(3);
     common.scale = float(scale);
     common.causal = causal;
-    if (!mask) return;
-    const bool boolean = mask->scalar_type() == ScalarType::Bool;
-    common.mask_kind = boolean ? MaskKind::boolean : MaskKind::additive;
-    common.mask_row = mask->stride(2);
-    common.mask_col = mask->stride(3);
+    if (!attn_mask) return;
+    mask = Heads(*attn_mask);
+    common.mask_kind = mask.bytes == 1 ? MaskKind::boolean : MaskKind::additive;
+    common.mask_row = attn_mask->stride(2);
+    common.mask_col = attn_mask->stride(3);
   }
 
-  int64_t batches() const { return q.size(0); }
-  int64_t heads() const { return q.size(1); }
-  int64_t key_heads() const { return k.size(1); }
-  int64_t group() const { return key_heads() == 0 ? 1 : heads() / key_heads(); }
-
-  AttentionTask of(int64_t batch, int64_t head, const Tensor& out, float* lse) const {
+  AttentionTask of(int64_t batch, int64_t head, const Heads& out, float* lse) const {
     AttentionTask task = common;
-    task.q = head_of(q, batch, head);
-    task.k = head_of(k, batch, head / group());
-    task.v = head_of(v, batch, head / group());
-    task.out = head_of(out, batch, head);
-    task.lse = lse + (batch * heads() + head) * task.queries;
-    if (mask) {
-      const int64_t bytes = task.mask_kind == MaskKind::boolean        ? 1
-                            : mask->scalar_type() == ScalarType::Float ? 4
-                                                                       : 2;
-      const int64_t at = batch * mask->stride(0) + head * mask->stride(1);
-      task.mask = static_cast<const char*>(mask->data_ptr()) + at * bytes;
-    }
+    task.q = q_heads.of(batch, head);
+    task.k = k_heads.of(batch, head / group);
+    task.v = v_heads.of(batch, head / group);
+    task.out = out.of(batch, head);
+    task.lse = lse + (batch * heads + head) * task.queries;
+    task.mask = mask.of(batch, head).data;
     task.query_end = task.queries;
     return task;
   }
 
   Tensor q, k, v;
-  std::optional<Tensor> mask;
+  Heads q_heads, k_heads, v_heads, mask;
+  int64_t batches, heads, key_heads, group;
   AttentionTask common;
 };
 
@@ -89,8 +102,9 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   Tensor out = like_queries(q, v.size(3));
   Tensor lse = empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
   float* const logs = data<float>(lse);
+  const Heads outs(out);
   const AttentionTask& common = call.common;
-  const int64_t heads = call.batches() * call.heads();
+  const int64_t heads = call.batches * call.heads;
   const int64_t pieces = heads >= kTasksEnough ? 1 : cdiv(common.queries, kQueriesEach);
   const int64_t each = pieces <= 1 ? common.queries : kQueriesEach;
   const int64_t work = each * common.keys * (common.dim + common.value_dim);
@@ -98,7 +112,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
            [&](int64_t begin, int64_t end) {
              for (int64_t i = begin; i < end; ++i) {
                const int64_t head = i / pieces;
-               AttentionTask task = call.of(head / call.heads(), head % call.heads(), out, logs);
+               AttentionTask task = call.of(head / call.heads, head % call.heads, outs, logs);
                task.query_begin = i % pieces * each;
                task.query_end = std::min(task.query_begin + each, task.queries);
                kernels().attention(task);
@@ -118,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_given, 
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k);
   Tensor dv = torch::stable::empty_like(v);
   const AttentionTask& common = call.common;
-  const int64_t key_heads = call.batches() * call.key_heads(), group = call.group();
+  const int64_t key_heads = call.batches * call.key_heads, group = call.group;
   if (key_heads * common.queries * common.keys == 0) {
     for (Tensor* empty : {&dq, &dk, &dv}) torch::stable::zero_(*empty);
     return {dq, dk, dv};
@@ -130,6 +144,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_given, 
                : empty({t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(), t);
   };
   const Tensor to_q = writable(dq), to_k = writable(dk), to_v = writable(dv);
+  const Heads dq_heads(to_q), dk_heads(to_k), dv_heads(to_v), outs(out), grads_of(grad);
+  float* const logs = data<float>(lse);
   const int64_t wanted = std::max<int64_t>(1, kTasksEnough / key_heads);
   const int64_t each =
       cdiv(cdiv(common.keys, std::min(wanted, cdiv(common.keys, kKeysEach))), 128) * 128;
@@ -142,12 +158,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_given, 
              std::vector<AttentionTask> heads(static_cast<size_t>(group));
              std::vector<HeadRows> grads(static_cast<size_t>(group));
              for (int64_t i = begin; i < end; ++i) {
-               const int64_t batch = i / pieces / call.key_heads();
-               const int64_t key_head = i / pieces % call.key_heads(), piece = i % pieces;
+               const int64_t batch = i / pieces / call.key_heads;
+               const int64_t key_head = i / pieces % call.key_heads, piece = i % pieces;
                for (int64_t j = 0; j < group; ++j) {
                  const int64_t head = key_head * group + j;
-                 heads[size_t(j)] = call.of(batch, head, out, data<float>(lse));
-                 grads[size_t(j)] = head_of(grad, batch, head);
+                 heads[size_t(j)] = call.of(batch, head, outs, logs);
+                 grads[size_t(j)] = grads_of.of(batch, head);
                }
                AttentionBackwardTask task;
                task.heads = heads.data();
@@ -155,8 +171,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_given, 
                task.count = group;
                task.key_begin = piece * each;
                task.key_end = std::min(task.key_begin + each, common.keys);
-               task.dk = head_of(to_k, batch, key_head);
-               task.dv = head_of(to_v, batch, key_head);
+               task.dk = dk_heads.of(batch, key_head);
+               task.dv = dv_heads.of(batch, key_head);
                task.dq = parts.get() + (piece * key_heads + i / pieces) * numbers;
                kernels().attention_backward(task);
              }
@@ -171,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_given, 
       sums.apart = key_heads * numbers;
       sums.queries = common.queries;
       sums.dim = common.dim;
-      sums.dq = head_of(to_q, head / call.heads(), head % call.heads());
+      sums.dq = dq_heads.of(head / call.heads, head % call.heads);
       kernels().attention_query_sums(sums);
     }
   });
