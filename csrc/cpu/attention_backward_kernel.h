@@ -31,8 +31,7 @@ class AttentionBackward {
         value_dim_(head_.value_dim),
         dim_words_(words_of<Words>(dim_)),
         value_words_(words_of<Words>(value_dim_)),
-        padded_queries_((head_.queries + kBackwardQueries - 1) / kBackwardQueries *
-                        kBackwardQueries),
+        padded_queries_(whole_lanes(head_.queries)),
         dim_floats_(whole_lanes(dim_)),
         value_floats_(whole_lanes(value_dim_)),
         large_(size_t(task.count * padded_queries_ * (dim_ + 3))),
@@ -68,7 +67,8 @@ class AttentionBackward {
       pack_left<Words>(dtype_, head_.k, key_, keys_, dim_, k_words_);
       pack_left<Words>(dtype_, head_.v, key_, keys_, value_dim_, v_words_);
       pack_across<Words>(dtype_, head_.k, key_, keys_, dim_, k_across_, kKeyWords);
-      std::fill(dk_, dk_ + kBackwardKeys * (dim_floats_ + value_floats_), 0.0f);
+      std::fill(dk_, dk_ + keys_ * dim_floats_, 0.0f);
+      std::fill(dv_, dv_ + keys_ * value_floats_, 0.0f);
       for (int64_t head = 0; head < task_.count; ++head) {
         for (int64_t query = 0; query < head_.queries; query += kBackwardQueries) {
           const int64_t queries = std::min(kBackwardQueries, head_.queries - query);
