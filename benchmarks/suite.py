@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import bench_modulation, bench_nearest_code, bench_vector_quantize
+from . import bench_attention, bench_modulation, bench_nearest_code, bench_vector_quantize
 from .case import Case, key
 
 CASES: tuple[Case, ...] = (
     *bench_nearest_code.CASES,
     *bench_vector_quantize.CASES,
     *bench_modulation.CASES,
+    *bench_attention.CASES,
 )
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .bench_attention import SDPA
+from .bench_modulation import BOTH, FORWARD
 from .bench_nearest_code import CALL_OVERHEAD, PACKING_INCLUDED
 from .bench_vector_quantize import PEER
 from .case import OURS
@@ -82,6 +84,18 @@ def _row(op: str, name: str, *words: str) -> Callable[[Record], bool]:
     return lambda r: r.op == op and r.name == name and all(w in r.shape.split() for w in words)
 
 
+def _attention(dtype: str, direction: str) -> Callable[[Record], bool]:
+    """Rows of at least 256 tokens."""
+
+    def applies(record: Record) -> bool:
+        words = record.shape.split()
+        short = any(w[0] == "N" and w[1:].isdigit() and int(w[1:]) < 256 for w in words)
+        found = (record.op, record.dtype, record.mode)
+        return found == ("attention", dtype, direction) and not short
+
+    return applies
+
+
 TARGETS: tuple[Target, ...] = (
     Target(
         "nearest_code, D >= 64: at least 0.85 of the fp32 FMA rate",
@@ -146,6 +160,30 @@ TARGETS: tuple[Target, ...] = (
         " us",
         lambda record: record.op == "nearest_code" and record.mode == CALL_OVERHEAD,
         _microseconds,
+    ),
+    *(
+        Target(
+            f"attention, {dtype} {direction}, N >= 256: at most {limit}x SDPA",
+            limit,
+            True,
+            "x",
+            _attention(dtype, direction),
+            _versus(SDPA),
+        )
+        for dtype, direction, limit in (
+            ("bfloat16", FORWARD, 0.38),
+            ("bfloat16", BOTH, 0.5),
+            ("float32", FORWARD, 0.83),
+            ("float32", BOTH, 0.83),
+        )
+    ),
+    Target(
+        "attention, bfloat16 forward, (32, 6, 16, 64): at most 0.25x SDPA",
+        0.25,
+        True,
+        "x",
+        lambda r: _row("attention", "DiT-S/8", "bfloat16")(r) and r.mode == FORWARD,
+        _versus(SDPA),
     ),
 )
 

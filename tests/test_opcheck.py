@@ -40,6 +40,10 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     statistics = torch.rand(2, 6, 2) + 0.5
     q, k = torch.randn(2, 4, 3, 4, 6).permute(1, 0, 3, 2, 4)[:2]
     cos, sin, row = torch.randn(2, 3, 3), torch.randn(2, 3, 3), torch.randn(6)
+    heads = (torch.randn(2, 4, 3, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 5))
+    packed_heads = tuple(torch.randn(2, 6, 3, 3, 8).permute(2, 0, 3, 1, 4))
+    allowed = torch.rand(3, 6) > 0.3
+    lse, lse6 = torch.rand(2, 4, 3) + 2, torch.rand(2, 3, 6) + 2
     return {
         "nearest_code": ("nearest_code", (x, codebook, "l2", "exact", None)),
         "nearest_code, groups": ("nearest_code", (groups, books, "cosine", "exact", None)),
@@ -184,6 +188,27 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         "gated_residual_ada_layer_norm_backward, one gradient": (
             "gated_residual_ada_layer_norm_backward",
             (branch, None, tokens, branch.half(), gate, shift, scale, statistics, "rms"),
+        ),
+        "attention": ("attention", (*heads, None, False, 0.5)),
+        "attention, causal, gradients": (
+            "attention",
+            (*need(*(t.clone() for t in heads)), None, True, 0.5),
+        ),
+        "attention, masked, half": (
+            "attention",
+            (*need(*(t.bfloat16() for t in heads)), allowed.expand(2, 4, 3, 6), False, 0.5),
+        ),
+        "attention, packed": (
+            "attention",
+            (*packed_heads, torch.randn(6, 6).expand(2, 3, 6, 6), False, 0.5),
+        ),
+        "attention_backward": (
+            "attention_backward",
+            (heads[0] + 1, *heads[:2], heads[1] - 1, heads[0], lse, None, True, 0.5),
+        ),
+        "attention_backward, packed": (
+            "attention_backward",
+            (packed_heads[0] + 1, *packed_heads, packed_heads[0], lse6, None, False, 0.5),
         ),
         "bias_gelu": ("bias_gelu", (tokens, None, "tanh")),
         "bias_gelu, gradients": ("bias_gelu", (*need(tokens.clone(), bias.clone()), "none")),

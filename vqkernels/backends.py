@@ -38,6 +38,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "gated_residual_ada_layer_norm": ("cpu", "triton"),
     "bias_gelu": ("cpu", "triton"),
     "qk_norm_rope": ("triton",),
+    "attention": ("cpu", "triton"),
 }
 
 # Candidates in order of preference, best first, where `selection.TABLE` has no row.

@@ -3,7 +3,13 @@
 //
 // Operations: five products of 2 N M d flops, one exponential a score. A block of keys adds up its
 // dk and dv over all queries; dq is kept transposed, `[dim, queries]`, and turned at the end.
+//
+// Rounding makes a query's ds sum to something that is not zero, which keys of a large mean would
+// carry into dq. So that sum times a vector near the keys' mean, in truth zero whatever the vector,
+// is taken out of dq.
 #pragma once
+
+#include <vector>
 
 #include "attention_kernel.h"
 
@@ -12,34 +18,39 @@ namespace {
 
 constexpr int64_t kBackwardKeys = 128;
 constexpr int64_t kBackwardQueries = 128;
+constexpr int64_t kMeanKeys = 64;  // from the first on
 
-template <typename Words, typename T>
+template <typename Words>
 class AttentionBackward {
  public:
   explicit AttentionBackward(const AttentionBackwardTask& task)
       : task_(task),
         head_(task.heads[0]),
+        dtype_(head_.dtype),
         dim_(head_.dim),
         value_dim_(head_.value_dim),
         dim_words_(words_of<Words>(dim_)),
         value_words_(words_of<Words>(value_dim_)),
-        padded_queries_((head_.queries + kBackwardQueries - 1) / kBackwardQueries *
-                        kBackwardQueries),
-        dim_floats_(Panels::vectors_of(dim_) * kLanes),
-        value_floats_(Panels::vectors_of(value_dim_) * kLanes),
-        large_(task.count * padded_queries_ * (dim_ + 2)),
+        padded_queries_(whole_lanes(head_.queries)),
+        dim_floats_(whole_lanes(dim_)),
+        value_floats_(whole_lanes(value_dim_)),
+        large_(size_t(task.count * padded_queries_ * (dim_ + 3))),
         scratch_(kBackwardKeys * (dim_words_ + value_words_ + dim_floats_ + value_floats_) +
-                 dim_ * kKeyWords + kBackwardKeys * (kBackwardQueries + 3 * kQueryWords) +
+                 dim_ * kKeyWords + dim_floats_ +
+                 kBackwardKeys * (2 * kBackwardQueries + 3 * kQueryWords) +
                  kBackwardQueries * (dim_words_ + value_words_ + dim_floats_ + value_floats_)) {
     dq_ = large_.data();
     lse_ = dq_ + task.count * padded_queries_ * dim_;
     delta_ = lse_ + task.count * padded_queries_;
+    slopes_ = delta_ + task.count * padded_queries_;
     k_words_ = scratch_.take<Word>(kBackwardKeys * (dim_words_ + value_words_));
     v_words_ = k_words_ + kBackwardKeys * dim_words_;
     k_across_ = scratch_.take<Word>(dim_ * kKeyWords);
-    dk_ = scratch_.take<float>(kBackwardKeys * (dim_floats_ + value_floats_));
+    dk_ = scratch_.take<float>(kBackwardKeys * (dim_floats_ + value_floats_) + dim_floats_);
     dv_ = dk_ + kBackwardKeys * dim_floats_;
-    tile_ = scratch_.take<float>(kBackwardKeys * kBackwardQueries);
+    mean_ = dv_ + kBackwardKeys * value_floats_;
+    weights_ = scratch_.take<float>(2 * kBackwardKeys * kBackwardQueries);
+    ds_ = weights_ + kBackwardKeys * kBackwardQueries;
     p_words_ = scratch_.take<Word>(kBackwardKeys * kQueryWords);
     ds_words_ = scratch_.take<Word>(kBackwardKeys * kQueryWords);
     ds_panels_ = scratch_.take<float>(kKeyWords * kBackwardQueries);
@@ -48,11 +59,16 @@ class AttentionBackward {
   }
 
   void run() {
+    const int64_t mean_keys = std::min(kMeanKeys, head_.keys);
+    mean_row(dtype_, head_.k, mean_keys, dim_, mean_);
     for (int64_t head = 0; head < task_.count; ++head) prepare(head);
     for (key_ = task_.key_begin; key_ < task_.key_end; key_ += kBackwardKeys) {
       keys_ = std::min(kBackwardKeys, task_.key_end - key_);
-      pack_keys();
-      std::fill(dk_, dk_ + kBackwardKeys * (dim_floats_ + value_floats_), 0.0f);
+      pack_left<Words>(dtype_, head_.k, key_, keys_, dim_, k_words_);
+      pack_left<Words>(dtype_, head_.v, key_, keys_, value_dim_, v_words_);
+      pack_across<Words>(dtype_, head_.k, key_, keys_, dim_, k_across_, kKeyWords);
+      std::fill(dk_, dk_ + keys_ * dim_floats_, 0.0f);
+      std::fill(dv_, dv_ + keys_ * value_floats_, 0.0f);
       for (int64_t head = 0; head < task_.count; ++head) {
         for (int64_t query = 0; query < head_.queries; query += kBackwardQueries) {
           const int64_t queries = std::min(kBackwardQueries, head_.queries - query);
@@ -60,10 +76,8 @@ class AttentionBackward {
           add_tile(head, query, queries);
         }
       }
-      for (int64_t i = 0; i < keys_; ++i) {
-        write(row(task_.dk, key_ + i), dk_ + i * dim_floats_, dim_);
-        write(row(task_.dv, key_ + i), dv_ + i * value_floats_, value_dim_);
-      }
+      write_rows(dtype_, task_.dk, key_, keys_, dk_, dim_floats_, dim_, nullptr);
+      write_rows(dtype_, task_.dv, key_, keys_, dv_, value_floats_, value_dim_, nullptr);
     }
     for (int64_t head = 0; head < task_.count; ++head) turn(head);
   }
@@ -73,165 +87,112 @@ class AttentionBackward {
   static constexpr int64_t kKeyWords = kBackwardKeys / Words::kNumbers;
   static constexpr int64_t kQueryWords = kBackwardQueries / Words::kNumbers;
 
-  static T* row(const HeadRows& rows, int64_t row) {
-    return static_cast<T*>(rows.data) + row * rows.stride;
-  }
-
-  static void write(T* to, const float* from, int64_t columns) {
-    each_vector(columns, [&](int64_t column, int64_t count) {
-      store_at(to, column, count, load(from + column));
-    });
-  }
-
   // lse in powers of two and delta of each query. An infinite lse makes weights zero: that of a
-  // query without keys, and of those that fill up the last tile.
+  // query without keys (fp32 does not hold what weights differ by where all are at finfo.min), and
+  // of those that fill up the last tile.
   void prepare(int64_t head) {
     const AttentionTask& of = task_.heads[head];
     float* lse = lse_ + head * padded_queries_;
     float* delta = delta_ + head * padded_queries_;
     for (int64_t i = 0; i < padded_queries_; ++i) {
       lse[i] = INFINITY;
-      delta[i] = 0;
       if (i >= of.queries) continue;
-      if (of.lse[i] != -INFINITY) lse[i] = of.lse[i] * kLog2E;
-      const T *out = row(of.out, i), *grad = row(task_.grads[head], i);
-      vf sum = {};
-      each_vector(value_dim_, [&](int64_t column, int64_t count) {
-        sum = multiply_add(load_at(out, column, count), load_at(grad, column, count), sum);
-      });
-      delta[i] = sum_of(sum);
-    }
-  }
-
-  void pack_keys() {
-    for (int64_t i = 0; i < keys_; ++i) {
-      pack_left<Words>(row(head_.k, key_ + i), dim_, k_words_ + i * dim_words_);
-      pack_left<Words>(row(head_.v, key_ + i), value_dim_, v_words_ + i * value_words_);
-    }
-    // K^T, words along the keys, through one column of panels at a time.
-    for (int64_t d = 0; d < dim_; ++d) {
-      Word* to = k_across_ + d * kKeyWords;
-      for (int64_t w = 0; w < kKeyWords; ++w) to[w] = key_pair(w * Words::kNumbers, d);
-    }
-  }
-
-  // One or two neighbouring keys' entries in column d, as a word.
-  Word key_pair(int64_t key, int64_t d) const {
-    const auto at = [&](int64_t i) { return row(head_.k, key_ + i)[d]; };
-    if constexpr (Words::kNumbers == 1) {
-      return key < keys_ ? to_float(at(key)) : 0.0f;
-    } else {
-      const uint32_t low = key < keys_ ? at(key).bits : 0;
-      const uint32_t high = key + 1 < keys_ ? at(key + 1).bits : 0;
-      return low | high << 16;
+      if (!(of.lse[i] < -1e38f)) lse[i] = of.lse[i] * kLog2E;
+      delta[i] = dot(dtype_, of.out, task_.grads[head], i, value_dim_);
     }
   }
 
   void add_tile(int64_t head, int64_t query, int64_t queries) {
     const AttentionTask& of = task_.heads[head];
-    const int64_t width = (queries + kLanes - 1) / kLanes * kLanes;
-    const int64_t words = words_of<Words>(width);
+    const HeadRows& grad = task_.grads[head];
+    const int64_t width = whole_lanes(queries), words = words_of<Words>(width);
     float* memory = q_side_;
     const auto panels = [&](int64_t columns, int64_t steps) {
       const Panels made(memory, columns, steps);
       memory += Panels::floats(columns, steps);
       return made;
     };
-    const HeadRows& grads = task_.grads[head];
     const Panels q_down = panels(width, dim_words_), grad_down = panels(width, value_words_);
     const Panels q_across = panels(dim_, words), grad_across = panels(value_dim_, words);
-    pack_transposed<Words>(row(of.q, query), of.q.stride, queries, dim_, q_down);
-    pack_transposed<Words>(row(grads, query), grads.stride, queries, value_dim_, grad_down);
-    pack_straight<Words>(row(of.q, query), of.q.stride, queries, dim_, q_across);
-    pack_straight<Words>(row(grads, query), grads.stride, queries, value_dim_, grad_across);
+    pack_transposed<Words>(dtype_, of.q, query, queries, dim_, q_down);
+    pack_transposed<Words>(dtype_, grad, query, queries, value_dim_, grad_down);
+    pack_straight<Words>(dtype_, of.q, query, queries, dim_, q_across);
+    pack_straight<Words>(dtype_, grad, query, queries, value_dim_, grad_across);
 
-    const float* lse = lse_ + head * padded_queries_ + query;
-    const float* delta = delta_ + head * padded_queries_ + query;
-    weigh(of, query, queries, q_down, lse);
-    const vf scale = splat(of.scale);
-    multiply<Words>(v_words_, value_words_, keys_, grad_down,
-                    [&](int64_t r, int64_t vector, vf sum) {
-                      const int64_t i = vector * kLanes;
-                      float* at = tile_ + r * kBackwardQueries + i;
-                      const vf ds = load(at) * (sum - load(delta + i)) * scale;
-                      store(at, ds);
-                      put_weights(ds_words_ + r * kQueryWords, i, ds);
-                    });
-    add_products(p_words_, words, grad_across, dv_, value_floats_);
-    add_products(ds_words_, words, q_across, dk_, dim_floats_);
+    const int64_t at = head * padded_queries_ + query;
+    multiply<Words>({k_words_, dim_words_, weights_, kBackwardQueries, false}, keys_, q_down);
+    weigh(of, query, queries);
+    multiply<Words>({v_words_, value_words_, ds_, kBackwardQueries, false}, keys_, grad_down);
+    differentiate(width, delta_ + at, slopes_ + at, of.scale);
+    multiply<Words>({p_words_, kQueryWords, dv_, value_floats_, true}, keys_, grad_across);
+    multiply<Words>({ds_words_, kQueryWords, dk_, dim_floats_, true}, keys_, q_across);
 
     const Panels ds(ds_panels_, width, words_of<Words>(keys_));
     interleave(ds);
     float* dq = dq_ + head * dim_ * padded_queries_ + query;
-    multiply<Words>(k_across_, kKeyWords, dim_, ds, [&](int64_t r, int64_t vector, vf sum) {
-      float* to = dq + r * padded_queries_ + vector * kLanes;
-      store(to, load(to) + sum);
-    });
+    multiply<Words>({k_across_, kKeyWords, dq, padded_queries_, true}, dim_, ds);
   }
 
-  // p in the tile, and as words.
-  void weigh(const AttentionTask& of, int64_t query, int64_t queries, const Panels& q,
-             const float* lse) {
-    const vf factor = splat(of.scale * kLog2E);
+  // Scores become weights, and words.
+  void weigh(const AttentionTask& of, int64_t query, int64_t queries) {
+    const float* lse = lse_ + (&of - task_.heads) * padded_queries_ + query;
     const bool masked = of.mask_kind != MaskKind::none || (of.causal && key_ + keys_ - 1 > query);
-    multiply<Words>(k_words_, dim_words_, keys_, q, [&](int64_t r, int64_t vector, vf sum) {
-      const int64_t i = vector * kLanes;
-      vf score = sum * factor;
+    const int64_t width = whole_lanes(queries);
+    vf factor = splat(of.scale * kLog2E);
+    for (int64_t r = 0; r < keys_; ++r) {
+      float* row = weights_ + r * kBackwardQueries;
+      Word* words = p_words_ + r * kQueryWords;
       if (masked) {
-        for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, queries - i); ++lane) {
-          float one = score[lane];
-          add_mask<T>(of, query + i + lane, key_ + r, 1, &one);
-          score[lane] = one;
-        }
+        for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) * factor);
+        add_mask(of, query, key_ + r, true, queries, row);
       }
-      const vf weight = exp2<Words::kExpTerms>(score - load(lse + i));
-      store(tile_ + r * kBackwardQueries + i, weight);
-      put_weights(p_words_ + r * kQueryWords, i, weight);
-    });
+      const vf slope = masked ? splat(1.0f) : factor;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const vf power = multiply_add(load(row + i), slope, -load(lse + i));
+        const vf weight = exp2<Words::kExpTerms>(power);
+        store(row + i, weight);
+        put_weights(words, i, weight);
+      }
+    }
   }
 
-  void add_products(const Word* left, int64_t words, const Panels& right, float* sums,
-                    int64_t stride) {
-    (void)words;
-    multiply<Words>(left, kQueryWords, keys_, right, [&](int64_t r, int64_t vector, vf sum) {
-      float* to = sums + r * stride + vector * kLanes;
-      store(to, load(to) + sum);
-    });
+  // grad v^T becomes ds, and words.
+  void differentiate(int64_t width, const float* delta, float* slopes, float scale) {
+    for (int64_t r = 0; r < keys_; ++r) {
+      const float* weights = weights_ + r * kBackwardQueries;
+      float* ds = ds_ + r * kBackwardQueries;
+      Word* words = ds_words_ + r * kQueryWords;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const vf exact = load(weights + i) * (load(ds + i) - load(delta + i)) * splat(scale);
+        const vf rounded = put_weights(words, i, exact);
+        store(ds + i, rounded);
+        store(slopes + i, load(slopes + i) + rounded);
+      }
+    }
   }
 
-  // The tile as panels whose steps run along its keys.
+  // ds as panels whose steps run along its keys.
   void interleave(const Panels& panels) {
     for (int64_t vector = 0; vector < panels.vectors; ++vector) {
-      float* to = panels.at(vector, 0);
-      const int64_t apart = panels.at(vector, 1) - to;
+      float* to = panels.at(vector);
+      const int64_t apart = panels.apart(vector);
       for (int64_t step = 0; step < panels.steps; ++step, to += apart) {
         const int64_t key = step * Words::kNumbers;
-        const float* at = tile_ + key * kBackwardQueries + vector * kLanes;
+        const float* at = ds_ + key * kBackwardQueries + vector * kLanes;
         if constexpr (Words::kNumbers == 1) {
           store(to, load(at));
         } else {
           const vf high = key + 1 < keys_ ? load(at + kBackwardQueries) : splat(0.0f);
-          store(to, paired(load(at), high));
+          store(to, (vf)((vu)load(at) >> 16 | (vu)high));  // rounded before
         }
       }
     }
   }
 
-  // Two vectors as one of words, lane by lane.
-  static vf paired(vf low, vf high) {
-#if defined(__AVX512BF16__)
-    const __m256i l = (__m256i)_mm512_cvtneps_pbh((__m512)low);
-    const __m256i h = (__m256i)_mm512_cvtneps_pbh((__m512)high);
-    return (vf)_mm512_or_si512(_mm512_cvtepu16_epi32(l),
-                               _mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-#else
-    return low + high;
-#endif
-  }
-
   // dq `[dim, queries]` becomes the task's `[queries, dim]`.
   void turn(int64_t head) {
     const float* from = dq_ + head * dim_ * padded_queries_;
+    const float* slopes = slopes_ + head * padded_queries_;
     float* to = task_.dq + head * head_.queries * dim_;
     for (int64_t query = 0; query < head_.queries; query += kLanes) {
       const int64_t queries = std::min<int64_t>(kLanes, head_.queries - query);
@@ -242,8 +203,10 @@ class AttentionBackward {
           words[i] = i < columns ? (vu)load(from + (d + i) * padded_queries_ + query) : vu{};
         }
         transpose(words);
+        const vf mean = load(mean_ + d);
         for (int64_t i = 0; i < queries; ++i) {
-          store_at(to + (query + i) * dim_, d, columns, (vf)words[i]);
+          store_at(to + (query + i) * dim_, d, columns,
+                   multiply_add(splat(-slopes[query + i]), mean, (vf)words[i]));
         }
       }
     }
@@ -251,28 +214,37 @@ class AttentionBackward {
 
   const AttentionBackwardTask& task_;
   const AttentionTask& head_;
+  const DType dtype_;
   const int64_t dim_, value_dim_, dim_words_, value_words_, padded_queries_;
   const int64_t dim_floats_, value_floats_;
   std::vector<float> large_;
   Scratch scratch_;
   int64_t key_ = 0, keys_ = 0;
-  float *dq_, *lse_, *delta_;
+  float *dq_, *lse_, *delta_, *slopes_;
   Word *k_words_, *v_words_, *k_across_;
-  float *dk_, *dv_, *tile_;
+  float *dk_, *dv_, *mean_, *weights_, *ds_;
   Word *p_words_, *ds_words_;
   float *ds_panels_, *q_side_;
 };
 
 inline void attention_backward(const AttentionBackwardTask& task) {
-  dispatch(task.heads[0].dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
 #if defined(__AVX512BF16__)
-    if constexpr (std::is_same_v<T, bfloat16_t>) {
-      return AttentionBackward<Bf16Words, T>(task).run();
-    }
+  if (task.heads[0].dtype == DType::bf16) return AttentionBackward<Bf16Words>(task).run();
 #endif
-    AttentionBackward<Fp32Words, T>(task).run();
-  });
+  AttentionBackward<Fp32Words>(task).run();
+}
+
+inline void attention_query_sums(const AttentionQuerySums& task) {
+  std::vector<float> row(size_t(whole_lanes(task.dim)));
+  for (int64_t query = 0; query < task.queries; ++query) {
+    const float* part = task.parts + query * task.dim;
+    std::copy(part, part + task.dim, row.data());
+    for (int64_t i = 1; i < task.count; ++i) {
+      part += task.apart;
+      for (int64_t d = 0; d < task.dim; ++d) row[size_t(d)] += part[d];
+    }
+    write_rows(task.dtype, task.dq, query, 1, row.data(), 0, task.dim, nullptr);
+  }
 }
 
 }  // namespace

@@ -41,4 +41,13 @@ struct AttentionBackwardTask {
   float* dq = nullptr;  // `[count, queries, dim]`: what these keys give
 };
 
+// dq of one head: what several tasks gave, added in order.
+struct AttentionQuerySums {
+  DType dtype = DType::f32;
+  const float* parts = nullptr;  // `[count, queries, dim]`, `apart` numbers apart
+  int64_t count = 0, apart = 0;
+  int64_t queries = 0, dim = 0;
+  HeadRows dq;
+};
+
 }  // namespace vqkernels

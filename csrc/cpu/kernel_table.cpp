@@ -3,6 +3,7 @@
 
 #include "ada_layer_norm_backward_kernel.h"
 #include "ada_layer_norm_kernel.h"
+#include "attention_backward_kernel.h"
 #include "bias_gelu_kernel.h"
 #include "code_statistics_kernel.h"
 #include "ema_update_kernel.h"
@@ -27,7 +28,8 @@ vqkernels_kernel_table() {
       ada_layer_norm,      ada_layer_norm_backward,
       gated_residual,      gated_residual_backward,
       modulation_sums,     bias_gelu,
-      bias_gelu_backward,
+      bias_gelu_backward,  attention,
+      attention_backward,  attention_query_sums,
   };
   return &table;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "attention_task.h"
 #include "modulation_task.h"
 #include "packed_book.h"
 #include "rows.h"
@@ -92,6 +93,10 @@ struct KernelTable {
   void (*modulation_sums)(const ModulationSums& task, int64_t col_begin, int64_t col_end);
   void (*bias_gelu)(const BiasGelu& task, int64_t row_begin, int64_t row_end);
   void (*bias_gelu_backward)(const BiasGeluBackward& task, int64_t chunk_begin, int64_t chunk_end);
+
+  void (*attention)(const AttentionTask& task);
+  void (*attention_backward)(const AttentionBackwardTask& task);
+  void (*attention_query_sums)(const AttentionQuerySums& task);
 };
 
 // A hash of these headers, from the build: objects of different builds refuse each other.

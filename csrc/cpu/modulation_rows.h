@@ -32,15 +32,6 @@ inline T* row_at(const Rows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + rows.offset(row);
 }
 
-// Zeros from lane `count` on.
-inline vf first_lanes(vf v, int64_t count) {
-  if (count == kLanes) return v;
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int64_t lane = count; lane < kLanes; ++lane) lanes[lane] = 0;
-  return load(lanes);
-}
-
 // As `each_vector`, with f(column, count, part) told in which of two parts to sum: neighbours
 // differ, so that their additions overlap. What is summed where depends on `columns` alone.
 template <typename F>

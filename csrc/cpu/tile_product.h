@@ -1,6 +1,6 @@
 // Products of small tiles: rows of words on the left, each broadcast, vectors on the right.
 //
-//   out[r][column] = sum over steps of left[r][step] * right[step][column]
+//   out[r][column] (+)= sum over steps of left[r][step] * right[step][column]
 //
 // A word holds one fp32 number, or two bf16 numbers that are neighbours along the sum; vdpbf16ps
 // multiplies and adds both. The right operand is packed into panels: for each step, kColumns
@@ -12,12 +12,6 @@
 
 namespace vqkernels {
 namespace {
-
-#if defined(__AVX512BF16__)
-constexpr bool kHasBf16Products = true;
-#else
-constexpr bool kHasBf16Products = false;
-#endif
 
 // Rows and vectors whose sums stay in registers.
 constexpr int kProductRows = 6;
@@ -48,57 +42,9 @@ struct Bf16Words {
 };
 #endif
 
-// One block of rows and vectors. `right` has `vectors` vectors a step, of which this block takes
-// kVectors from the first one it points to.
-template <typename Words, int kRows, int kVectors, typename Store>
-inline __attribute__((always_inline)) void multiply_block(const typename Words::Word* left,
-                                                          int64_t left_stride, const float* right,
-                                                          int64_t right_stride, int64_t steps,
-                                                          const Store& put) {
-  vf sums[kRows][kVectors] = {};
-  for (int64_t step = 0; step < steps; ++step) {
-    vf b[kVectors];
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) b[c] = load(right + step * right_stride + c * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const auto a = left[r * left_stride + step];
-#pragma GCC unroll 8
-      for (int c = 0; c < kVectors; ++c) sums[r][c] = Words::add(sums[r][c], a, b[c]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) put(r, c, sums[r][c]);
-  }
-}
-
-// put(row, vector, sum) for `rows` rows and kVectors vectors of a panel.
-template <typename Words, int kVectors, typename Store>
-inline void multiply_rows(const typename Words::Word* left, int64_t left_stride, int64_t rows,
-                          const float* right, int64_t right_stride, int64_t steps,
-                          const Store& put) {
-  int64_t row = 0;
-  const auto shifted = [&](int r, int c, vf sum) { put(row + r, c, sum); };
-  for (; row + kProductRows <= rows; row += kProductRows) {
-    multiply_block<Words, kProductRows, kVectors>(left + row * left_stride, left_stride, right,
-                                                  right_stride, steps, shifted);
-  }
-  if (row + 4 <= rows) {
-    multiply_block<Words, 4, kVectors>(left + row * left_stride, left_stride, right, right_stride,
-                                       steps, shifted);
-    row += 4;
-  }
-  if (row + 2 <= rows) {
-    multiply_block<Words, 2, kVectors>(left + row * left_stride, left_stride, right, right_stride,
-                                       steps, shifted);
-    row += 2;
-  }
-  if (row < rows) {
-    multiply_block<Words, 1, kVectors>(left + row * left_stride, left_stride, right, right_stride,
-                                       steps, shifted);
-  }
+template <typename Words>
+inline int64_t words_of(int64_t numbers) {
+  return (numbers + Words::kNumbers - 1) / Words::kNumbers;
 }
 
 // The right operand: `columns` numbers wide, padded to whole vectors with zeros; `steps` words
@@ -120,34 +66,93 @@ struct Panels {
 
   int64_t width_of_panel(int64_t first) const { return std::min(widest, vectors - first); }
   float* panel(int64_t first) const { return data + first * kLanes * steps; }
-  // Where vector `vector` of step `step` lies.
-  float* at(int64_t vector, int64_t step) const {
+  // Where vector `vector` of step 0 lies; the next step's is `apart(vector)` further.
+  float* at(int64_t vector) const {
     const int64_t first = vector / widest * widest;
-    return panel(first) + (step * width_of_panel(first) + vector - first) * kLanes;
+    return panel(first) + (vector - first) * kLanes;
+  }
+  int64_t apart(int64_t vector) const { return width_of_panel(vector / widest * widest) * kLanes; }
+};
+
+// One left operand and where its products go. One function serves all products of a kind of words:
+// what becomes of the sums is the next pass over a tile that lies in L1, so that the unrolled
+// blocks are compiled once.
+template <typename Words>
+struct Product {
+  const typename Words::Word* left;
+  int64_t left_stride;
+  float* out;
+  int64_t out_stride;
+  bool accumulate;  // adds to out
+
+  Product from_row(int64_t row) const {
+    return {left + row * left_stride, left_stride, out + row * out_stride, out_stride, accumulate};
   }
 };
 
-// put(row, vector, sum) for all vectors of the panels.
-template <typename Words, typename Store>
-inline void multiply(const typename Words::Word* left, int64_t left_stride, int64_t rows,
-                     const Panels& right, const Store& put) {
+template <typename Words, int kRows, int kVectors>
+inline __attribute__((always_inline)) void multiply_block(const Product<Words>& product,
+                                                          const float* right, int64_t steps) {
+  vf sums[kRows][kVectors] = {};
+  const auto* left = product.left;
+  const int64_t left_stride = product.left_stride;
+  for (int64_t step = 0; step < steps; ++step) {
+    vf b[kVectors];
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) b[c] = load(right + (step * kVectors + c) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const auto a = left[r * left_stride + step];
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors; ++c) sums[r][c] = Words::add(sums[r][c], a, b[c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    float* out = product.out + r * product.out_stride;
+    if (product.accumulate) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kVectors; ++c) sums[r][c] += load(out + c * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) store(out + c * kLanes, sums[r][c]);
+  }
+}
+
+template <typename Words, int kVectors>
+__attribute__((noinline)) void multiply_panel(const Product<Words>& product, int64_t rows,
+                                              const float* right, int64_t steps) {
+  int64_t row = 0;
+  for (; row + kProductRows <= rows; row += kProductRows) {
+    multiply_block<Words, kProductRows, kVectors>(product.from_row(row), right, steps);
+  }
+  for (; row + 4 <= rows; row += 4) {
+    multiply_block<Words, 4, kVectors>(product.from_row(row), right, steps);
+  }
+  for (; row < rows; ++row) {
+    multiply_block<Words, 1, kVectors>(product.from_row(row), right, steps);
+  }
+}
+
+template <typename Words>
+inline void multiply(const Product<Words>& product, int64_t rows, const Panels& right) {
   for (int64_t first = 0; first < right.vectors; first += right.widest) {
-    const int64_t width = right.width_of_panel(first), stride = width * kLanes;
+    Product<Words> part = product;
+    part.out += first * kLanes;
     const float* panel = right.panel(first);
-    const auto shifted = [&](int64_t r, int c, vf sum) { put(r, first + c, sum); };
-    switch (width) {
+    switch (right.width_of_panel(first)) {
       case 1:
-        multiply_rows<Words, 1>(left, left_stride, rows, panel, stride, right.steps, shifted);
+        multiply_panel<Words, 1>(part, rows, panel, right.steps);
         break;
       case 2:
-        multiply_rows<Words, 2>(left, left_stride, rows, panel, stride, right.steps, shifted);
+        multiply_panel<Words, 2>(part, rows, panel, right.steps);
         break;
 #if defined(__AVX512F__) || defined(VQKERNELS_NEON)
       case 3:
-        multiply_rows<Words, 3>(left, left_stride, rows, panel, stride, right.steps, shifted);
+        multiply_panel<Words, 3>(part, rows, panel, right.steps);
         break;
       default:
-        multiply_rows<Words, 4>(left, left_stride, rows, panel, stride, right.steps, shifted);
+        multiply_panel<Words, 4>(part, rows, panel, right.steps);
 #endif
     }
   }

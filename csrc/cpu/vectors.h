@@ -72,6 +72,15 @@ inline void store(half_t* p, vf v) {
 template <typename T>
 inline vf load_some(const T* p, int64_t count) {
   T padded[kLanes] = {};
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 some = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return (vf)_mm512_maskz_loadu_ps(some, p);
+  if constexpr (sizeof(T) == 2) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(some, p);
+    std::memcpy(padded, &bits, sizeof(padded));
+    return load(padded);
+  }
+#endif
   std::memcpy(padded, p, size_t(count) * sizeof(T));
   return load(padded);
 }
@@ -79,8 +88,27 @@ inline vf load_some(const T* p, int64_t count) {
 template <typename T>
 inline void store_some(T* p, vf v, int64_t count) {
   T padded[kLanes];
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __mmask16 some = __mmask16((1u << count) - 1);
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, some, (__m512)v);
+  if constexpr (sizeof(T) == 2) {
+    store(padded, v);
+    __m256i bits;
+    std::memcpy(&bits, padded, sizeof(bits));
+    return _mm256_mask_storeu_epi16(p, some, bits);
+  }
+#endif
   store(padded, v);
   std::memcpy(p, padded, size_t(count) * sizeof(T));
+}
+
+// Zeros from lane `count` on.
+inline vf first_lanes(vf v, int64_t count) {
+  if (count == kLanes) return v;
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int64_t lane = count; lane < kLanes; ++lane) lanes[lane] = 0;
+  return load(lanes);
 }
 
 // Calls f(column, how many) for the vectors of a row; the last one may be short.
@@ -165,7 +193,7 @@ inline float largest(vf v) {
 template <int kTerms>
 inline vf exp2(vf x) {
   static_assert(kTerms == 3 || kTerms == 5);
-  const vf clamped = maximum(x, splat(-200.0f));  // also -inf
+  const vf clamped = maximum(splat(-200.0f), x);  // also -inf; a NaN stays
 #if defined(__AVX512F__)
   const vf whole = (vf)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
 #else
@@ -190,7 +218,7 @@ inline vf exp2(vf x) {
 #else
   const vu power = ((vu)shifted) << 23;
   const vu scaled = (vu)y + power;
-  return (vf)(scaled & (vu)(clamped >= -126.0f));
+  return (vf)(scaled & ~(vu)(clamped < -126.0f));
 #endif
 }
 

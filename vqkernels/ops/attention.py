@@ -2,19 +2,92 @@
 
     o = softmax(scale * q k^T + mask) v
 
-Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1.
+The softmax is taken over blocks of keys as they pass, and nothing of size N x M is stored; the
+backward pass forms the weights anew from the logarithm of the softmax's denominator. Source:
+Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1; the backward pass as in Dao et al. 2022,
+arXiv:2205.14135.
 """
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import math
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from vqkernels.backends import select
 from vqkernels.ops._checks import check_floating, check_same_device
+from vqkernels.ops._library import define, differentiable, fake, not_differentiable
+from vqkernels.ops._modulation import NO_DOUBLE_BACKWARD
 from vqkernels.reference import attention as reference
+
+# `attn_mask` is expanded to `[B, H, N, M]`. Also returns the softmax's logarithm `[B, H, N]`.
+_attention = define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float scale)"
+    " -> (Tensor, Tensor)",
+    reference.attention_with_lse,
+)
+
+
+@fake(_attention)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return reference.like_queries(q, v.shape[-1]), q.new_empty(q.shape[:-1], dtype=wide)
+
+
+_attention_backward = define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
+    " Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
+    reference.attention_backward,
+)
+
+
+@fake(_attention_backward)
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+not_differentiable(_attention_backward, NO_DOUBLE_BACKWARD)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, attn_mask, ctx.is_causal, ctx.scale, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, attn_mask)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    q, k, v, out, lse, attn_mask = ctx.saved_tensors
+    grads = _attention_backward(
+        grad, q, k, v, out, lse, attn_mask, ctx.is_causal, ctx.scale, ctx.backend
+    )
+    return *grads, None, None, None, None
+
+
+differentiable(_attention, _backward, _save)
 
 
 @overload
@@ -64,11 +137,14 @@ def attention(
         attn_mask: broadcasts to `[B, H, N, M]`; bool (True = attend) or floating (added).
         is_causal: query i attends to keys 0..i; excludes `attn_mask`.
         scale: factor of the scores, 1 / sqrt(d) by default.
-        return_lse: also return the logarithm of the softmax's denominator.
+        return_lse: also return the logarithm of the softmax's denominator, which has no gradient.
 
     Returns:
-        `[B, H, N, e]` in q's dtype; with `return_lse` also `[B, H, N]` in fp32 (float64 for
-        float64). A query without any key gives zeros and -inf.
+        `[B, H, N, e]` in q's dtype, or in autocast's as PyTorch's; with `return_lse` also
+        `[B, H, N]` in fp32 (float64 for float64). A query without any key gives zeros and -inf.
+        Gradients are deterministic; in half precision they are formed from the rounded output, as
+        those of PyTorch's own kernels. That of an `attn_mask` that requires one is the
+        reference's, whatever the backend.
 
     Raises:
         TypeError: a tensor is not floating point, or dtypes differ.
@@ -86,17 +162,36 @@ def attention(
         _check_mask(attn_mask, (*q.shape[:3], k.shape[2]), q)
         if is_causal:
             raise ValueError("attn_mask and is_causal exclude each other, got both")
-    select("attention", q, k, v)
-    return reference.attention(
-        q,
-        k,
-        v,
-        attn_mask=attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=enable_gqa,
-        return_lse=return_lse,
-    )
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return reference.attention(
+            q,
+            k,
+            v,
+            attn_mask=attn_mask,
+            scale=scale,
+            enable_gqa=enable_gqa,
+            return_lse=return_lse,
+        )
+    q, k, v, attn_mask = _autocast(q, k, v, attn_mask)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    scale = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
+    backend = select("attention", q, k, v)
+    out: tuple[Tensor, Tensor] = _attention(q, k, v, attn_mask, is_causal, scale, backend)
+    return out if return_lse else out[0]
+
+
+def _autocast(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As autocast treats PyTorch's: everything but float64 and bool in its dtype."""
+    device = q.device.type
+    if q.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return q, k, v, attn_mask
+    dtype = torch.get_autocast_dtype(device)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        attn_mask = attn_mask.to(dtype)
+    return q.to(dtype), k.to(dtype), v.to(dtype), attn_mask
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:

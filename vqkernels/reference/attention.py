@@ -61,7 +61,8 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     weights, lse = _weights(q, k, attn_mask, is_causal, scale)  # [B, H, N, M], [B, H, N]
     values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).to(weights.dtype)
-    return like_queries(q, v.shape[-1]).copy_(weights @ values), lse.float()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return like_queries(q, v.shape[-1]).copy_(weights @ values), lse.to(wide)
 
 
 def attention_backward(
@@ -78,14 +79,16 @@ def attention_backward(
     weights, _ = _weights(q, k, attn_mask, is_causal, scale)
     group = q.shape[1] // k.shape[1]
     keys, values = (t.repeat_interleave(group, dim=1).to(weights.dtype) for t in (k, v))
-    grad, queries, out = (t.to(weights.dtype) for t in (grad, q, out))
+    grad, queries = (t.to(weights.dtype) for t in (grad, q))
 
     def per_key_head(t: Tensor) -> Tensor:
         return t.unflatten(1, (k.shape[1], group)).sum(2)
 
     dv = per_key_head(weights.mT @ grad)
-    delta = (grad * out).sum(-1, keepdim=True)
-    scores = weights * (grad @ values.mT - delta) * scale  # the gradient of q.k, [B, H, N, M]
+    slopes = grad @ values.mT  # [B, H, N, M]
+    # In truth the sum of grad * out, but out has been rounded.
+    delta = (weights * slopes).sum(-1, keepdim=True)
+    scores = weights * (slopes - delta) * scale  # the gradient of q.k
     dq, dk = scores @ keys, per_key_head(scores.mT @ queries)
     results = ((q, dq), (k, dk), (v, dv))
     return tuple(torch.empty_like(like).copy_(value) for like, value in results)  # type: ignore[return-value]
@@ -103,5 +106,6 @@ def _weights(
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask.double()
-    lse = scores.logsumexp(-1)
-    return (scores - lse.nan_to_num(neginf=0)[..., None]).exp(), lse
+    unseen = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(unseen, 0.0).softmax(-1).masked_fill(unseen, 0.0)
+    return weights, scores.logsumexp(-1)
