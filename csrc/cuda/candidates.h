@@ -58,13 +58,13 @@ struct CandidateState {
   }
 };
 
-// How far the score of a row and any code of a tile may be off, in the tile's units; +inf where
-// the search must not decide. `weight` is w, 0 where the units of row and tile lie too far apart.
+// How far the score of a row and a code may be off, in the tile's units; +inf where the search must
+// not decide. `weight` is w, 0 where the units of row and tile lie too far apart.
 __device__ __forceinline__ float uncertainty(const RowTerms& row, float weight,
-                                             const TileTerms& tile) {
-  float of_bias = fmaf(weight, tile.bias, kTiny);
-  if (weight < kLeastWeight) of_bias = fmaf(weight, tile.norm * tile.norm, of_bias);
-  return weight > 0 ? fmaf(row.error, tile.norm, fmaf(row.norm, tile.error, of_bias)) : INFINITY;
+                                             const CodeTerms& code) {
+  float of_bias = fmaf(weight, code.bias, kTiny);
+  of_bias = fmaf(weight * bias_lost(weight), code.norm * code.norm, of_bias);
+  return weight > 0 ? fmaf(row.error, code.norm, fmaf(row.norm, code.error, of_bias)) : INFINITY;
 }
 
 // Column n * 8 + j of a bucket, n < 8 and j < 2, as the number n * 2 + j.
@@ -72,12 +72,14 @@ __device__ __forceinline__ int column_of(int number) { return number / 2 * 8 + n
 
 // Folds buckets of kSlots rows into the candidates. `score(slot, number)` is that of a row and a
 // column, `row_of_slot(slot)` are a row's terms, `first_column` is that of the thread's bucket in
-// the tile. kScreened: of forms; what is searched as it is has units of one.
+// the tile, `terms_of_codes` are its codes' in global memory. kScreened: of forms; what is searched
+// as it is has units of one.
 template <bool kScreened, int kSlots, typename Score, typename RowOfSlot>
 __device__ __forceinline__ void fold_buckets(const Score& score, const RowOfSlot& row_of_slot,
                                              float (&lower)[kSlots], const TileTerms& all,
-                                             int first_column, const CandidateState& state,
-                                             int first_code, float inverse_reference) {
+                                             const CodeTerms* terms_of_codes, int first_column,
+                                             const CandidateState& state, int first_code,
+                                             float inverse_reference) {
   const float unit = kScreened ? all.scale * inverse_reference : 1.0f;
   const bool in_range = unit >= 0x1p-100f && unit <= 0x1p100f;
   float best[kSlots], of_odd[kSlots];
@@ -93,22 +95,45 @@ __device__ __forceinline__ void fold_buckets(const Score& score, const RowOfSlot
   for (int slot = 0; slot < kSlots; ++slot) {
     best[slot] = fmaxf(best[slot], of_odd[slot]);
     const RowTerms row = row_of_slot(slot);
-    const float weight = kScreened ? bias_weight(row, all) : 1.0f;
-    const float off = uncertainty(row, in_range ? weight : 0.0f, all);
+    const float weight = in_range ? kScreened ? bias_weight(row, all) : 1.0f : 0.0f;
+    const float off = uncertainty(row, weight, all.most);
     // A comparison with NaN, which an unbounded error may make, is not "below".
     const bool below = (best[slot] + off) * unit < lower[slot];
     if (!__any_sync(kWholeWarp, !below)) continue;
 
-    // Of two codes whose scores differ by twice the uncertainty the larger is the better one; the
-    // rest of the factor covers the rounding of this bound.
-    const float rivals_from = fmaf(-2.5f, off, best[slot]);
     unsigned rivals = 0;
+    float high = off < INFINITY ? (best[slot] + off) * unit : INFINITY;
+    float low = (best[slot] - off) * unit;
+    if (all.mixed == 0) {
+      // Of two codes whose scores differ by twice the uncertainty the larger is the better one; the
+      // rest of the factor covers the rounding of this bound.
+      const float rivals_from = fmaf(-2.5f, off, best[slot]);
 #pragma unroll
-    for (int number = 0; number < kBucket; ++number) {
-      if (score(slot, number) >= rivals_from) rivals |= 1u << number;
+      for (int number = 0; number < kBucket; ++number) {
+        if (score(slot, number) >= rivals_from) rivals |= 1u << number;
+      }
+    } else {
+      float least = -INFINITY;
+      high = -INFINITY;
+#pragma unroll 1
+      for (int pass = 0; pass < 2; ++pass) {
+#pragma unroll
+        for (int number = 0; number < kBucket; ++number) {
+          // One at a time: loads that run ahead take registers from the paths that matter.
+          const volatile CodeTerms& at = terms_of_codes[first_column + column_of(number)];
+          const CodeTerms code{at.bias, at.norm, at.error, 0};
+          if (!(code.bias < INFINITY)) continue;
+          const float own = uncertainty(row, weight, code), value = score(slot, number);
+          if (pass == 0) least = fmaxf(least, value - own);
+          if (pass == 1 && !(value + own < least)) {
+            rivals |= 1u << number;
+            high = own < INFINITY ? fmaxf(high, (value + own) * unit) : INFINITY;
+          }
+        }
+      }
+      low = least * unit;
     }
     const int thread = threadIdx.x;
-    const float high = off < INFINITY ? (best[slot] + off) * unit : INFINITY;
     if (!below) {
       const int count = __popc(rivals);
       if (count > kNames || count == 0) {
@@ -120,7 +145,7 @@ __device__ __forceinline__ void fold_buckets(const Score& score, const RowOfSlot
         }
       }
     }
-    float low = fmaxf(lower[slot], (best[slot] - off) * unit);
+    low = fmaxf(lower[slot], low);
     low = fmaxf(low, __shfl_xor_sync(kWholeWarp, low, 1));
     lower[slot] = fmaxf(low, __shfl_xor_sync(kWholeWarp, low, 2));
   }

@@ -12,7 +12,8 @@
 // search_tiles.h; two tensor-core steps need 0.11 ms.
 //
 // Exact: the index is that of the least float64 distance, the lowest one among equals, whatever the
-// screen. Memory: the forms, 2 bytes an element (6 up to D = 16), and 48 bytes a row and split.
+// screen. Memory: the forms, 2 bytes an element (6 up to D = 16), 49 bytes a code, and 48 a row and
+// split.
 #include <algorithm>
 #include <stdexcept>
 
@@ -135,23 +136,33 @@ void nearest_code(const NearestCode& problem, const Context& context) {
   const Plan plan = plan_for(problem, context.device);
   const unsigned books = unsigned(x.books);
 
-  float* centre = nullptr;
+  CodeForms codes{};
+  codes.codebook = codebook;
+  codes.metric = problem.metric;
+  codes.terms = plan.terms;
+  codes.width = plan.width;
+  codes.chunks = plan.warpgroups ? warpgroup_chunks(plan.width) : 0;
+  codes.tiles = context.array<Tile>(x.books * plan.tiles);
+  codes.terms_of_codes = context.array<CodeTerms>(x.books * plan.tiles * kTileCodes);
   if (!plan.direct && problem.metric == Metric::l2) {
-    centre = context.array<float>(x.books * x.width);
+    float* centre = context.array<float>(x.books * x.width);
+    codes.centre = centre;
+    codes.largest_unit = context.array<int>(x.books);
     with_type(codebook.dtype, [&](auto type) {
       VQKERNELS_LAUNCH((book_centre<typename decltype(type)::type>),
                        dim3(blocks_for(x.width, kWarp), books), dim3(kPrepareThreads), 0,
                        context.stream)
-      (codebook, centre);
+      (codebook, centre, codes.largest_unit);
     });
   }
-  CodeForms codes{codebook, centre,  problem.metric, plan.terms, plan.width,
-                  0,        nullptr, nullptr,        nullptr};
-  codes.tiles = context.array<Tile>(x.books * plan.tiles);
-  RowForms rows{x, codes.tiles, plan.tiles, centre, plan.terms, plan.width, nullptr, nullptr};
+  RowForms rows{};
+  rows.x = x;
+  rows.centre = codes.centre;
+  rows.largest_unit = codes.largest_unit;
+  rows.terms = plan.terms;
+  rows.width = plan.width;
   codes.undecided = context.array<int>(2);
   rows.terms_of_row = context.array<RowTerms>(all_rows);
-  codes.chunks = plan.warpgroups ? warpgroup_chunks(plan.width) : 0;
   const int code_columns = codes.chunks > 0 ? codes.chunks * kChunk : plan.width;
   if (!plan.direct || codes.chunks > 0) {
     codes.forms = context.array<uint16_t>(x.books * plan.tiles * kTileCodes * code_columns);
@@ -185,6 +196,7 @@ void nearest_code(const NearestCode& problem, const Context& context) {
       of_book ? codebook.book_stride : int64_t(plan.tiles) * kTileCodes * code_columns;
   search.row_terms = rows.terms_of_row;
   search.tiles = codes.tiles;
+  search.terms_of_codes = codes.terms_of_codes;
   search.records = context.array<Record>(plan.splits * all_rows);
   search.rows = int(x.count);
   search.codes_count = int(codebook.count);

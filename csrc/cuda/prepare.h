@@ -27,12 +27,15 @@ using HalfOf = std::conditional_t<std::is_same_v<T, float>, __half, T>;
 
 // A vector in the middle of a book: for each column the median over kPrepareWarps means, of at most
 // kMostSampled codes together. Any vector would do; this one is not drawn away by a few outliers. A
-// block has 32 columns, a warp every eighth sampled code.
+// block has 32 columns, a warp every eighth sampled code. The largest unit of the book's tiles is
+// cleared for prepare_codes.
 template <typename T>
-__global__ void __launch_bounds__(kPrepareThreads) book_centre(Rows codebook, float* centre) {
+__global__ void __launch_bounds__(kPrepareThreads)
+    book_centre(Rows codebook, float* centre, int* largest_unit) {
   __shared__ float means[kPrepareWarps][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int book = blockIdx.y, column = blockIdx.x * kWarp + lane;
+  if (blockIdx.x == 0 && threadIdx.x == 0) largest_unit[book] = 0;
   const int size = int(codebook.count), width = int(codebook.width);
   const int stride = (size + kMostSampled - 1) / kMostSampled;
   float sum = 0;
@@ -63,6 +66,7 @@ __global__ void __launch_bounds__(kPrepareThreads) book_centre(Rows codebook, fl
 struct CodeForms {
   Rows codebook;
   const float* centre;  // null: m = 0
+  int* largest_unit;    // `[books]`, bits of the largest 2^f; null without biases or forms
   Metric metric;
   int terms;  // products side by side: 1 or 3; 0: codes are searched as they are, not for cosine
   int width;
@@ -70,7 +74,8 @@ struct CodeForms {
   uint16_t*
       forms;    // halves, `[books, tiles * kTileCodes, width]`; null where the book itself is read
   Tile* tiles;  // `[books, tiles]`
-  int* undecided;  // two counters to clear
+  CodeTerms* terms_of_codes;  // `[books, tiles * kTileCodes]`
+  int* undecided;             // two counters to clear
 };
 
 // One entry of a code, less the centre, and divided by the norm under cosine.
@@ -125,11 +130,6 @@ struct FormOfCode {
   }
 };
 
-// What is known of one code, as TileTerms has it of all of a tile's.
-struct CodeTerms {
-  float norm, error;
-};
-
 // Writes a code's form, by one warp; returns its norm and error.
 template <typename T>
 __device__ CodeTerms write_form(const CodeForms& call, int book, int code, double inverse,
@@ -165,7 +165,7 @@ __device__ CodeTerms write_form(const CodeForms& call, int book, int code, doubl
   // value itself is c' 2^-f but for one rounding.
   error = sqrtf(warp_sum(error)) * kUp + 0x1p-23f * norm + 0x1p-60f;
   if (call.terms == 3) error += kLowPart * kUp * sqrtf(warp_sum(low_norm));
-  return {norm + error, error};
+  return {0, norm + error, error, 0};
 }
 
 // A code as it is, by one warp; -1: zeros.
@@ -201,11 +201,30 @@ __device__ float write_bias(Tile& tile, int i, double bias) {
   return fabsf(float(rest));
 }
 
+// The largest terms of some codes, and whether they speak for the others.
+struct TileSums {
+  CodeTerms most, sum;
+  int count;
+
+  __device__ void add(const CodeTerms& terms) { add({terms, terms, 1}); }
+  __device__ void add(const TileSums& other) {
+    most = {fmaxf(most.bias, other.most.bias), fmaxf(most.norm, other.most.norm),
+            fmaxf(most.error, other.most.error), 0};
+    sum = {sum.bias + other.sum.bias, sum.norm + other.sum.norm, sum.error + other.sum.error, 0};
+    count += other.count;
+  }
+  __device__ int mixed() const {
+    const float most_of_mean = 8.0f / float(max(count, 1));
+    return most.norm > most_of_mean * sum.norm || most.bias > 8 * most_of_mean * sum.bias ||
+           most.error > most_of_mean * sum.error || !is_finite(most.error);
+  }
+};
+
 // One block a tile of codes.
 template <typename T>
 __global__ void __launch_bounds__(kCodeWarps* kWarp) prepare_codes(CodeForms call) {
   __shared__ float largest_of_warp[kCodeWarps];
-  __shared__ TileTerms terms_of_warp[kCodeWarps];
+  __shared__ TileSums sums_of_warp[kCodeWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int tile = blockIdx.x, book = blockIdx.y, size = int(call.codebook.count);
   Tile& out = call.tiles[int64_t(book) * gridDim.x + tile];
@@ -228,7 +247,7 @@ __global__ void __launch_bounds__(kCodeWarps* kWarp) prepare_codes(CodeForms cal
   }
   const float scale = call.terms > 0 && largest > 0 ? power_below(largest) : 1.0f;
 
-  TileTerms all{scale, 0, 0, 0};
+  TileSums all{};
   for (int i = warp; i < kTileCodes; i += kCodeWarps) {
     const int code = tile * kTileCodes + i;
     CodeSums sums;
@@ -237,7 +256,7 @@ __global__ void __launch_bounds__(kCodeWarps* kWarp) prepare_codes(CodeForms cal
     const double norm = sqrt(sums.squares);
     const double inverse = unit && norm > 0 ? 1.0 / norm : 1.0;
     const FormOfCode form{call.forms, int64_t(book) * gridDim.x + tile, i, call.width, call.chunks};
-    CodeTerms terms{0, 0};
+    CodeTerms terms{};
     double bias = double(INFINITY);
     if (call.terms > 0) {
       const CodeTerms written = write_form<T>(call, book, code, inverse, scale, sums.finite, form);
@@ -257,28 +276,30 @@ __global__ void __launch_bounds__(kCodeWarps* kWarp) prepare_codes(CodeForms cal
                                       : write_bias<HalfOf<T>, false>(out, i, bias);
     if (sums.finite) {
       if (!is_finite(rest)) terms.error = INFINITY;
-      all.bias = fmaxf(all.bias, (kPerStep * float(fmin(bias, 3.0e38)) + fminf(rest, 1)) * kUp);
-      all.norm = fmaxf(all.norm, terms.norm);
-      all.error = fmaxf(all.error, terms.error);
+      terms.bias = (kPerStep * float(fmin(bias, 3.0e38)) + fminf(rest, 1)) * kUp;
+      all.add(terms);
+    } else {
+      terms.bias = INFINITY;
+    }
+    if (lane == 0) {
+      call.terms_of_codes[(int64_t(book) * gridDim.x + tile) * kTileCodes + i] = terms;
     }
   }
-  if (lane == 0) terms_of_warp[warp] = all;
+  if (lane == 0) sums_of_warp[warp] = all;
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int other = 1; other < kCodeWarps; ++other) {
-      all.bias = fmaxf(all.bias, terms_of_warp[other].bias);
-      all.norm = fmaxf(all.norm, terms_of_warp[other].norm);
-      all.error = fmaxf(all.error, terms_of_warp[other].error);
+    for (int other = 1; other < kCodeWarps; ++other) all.add(sums_of_warp[other]);
+    out.all = {all.most, scale, all.mixed(), {}};
+    if (call.largest_unit != nullptr) {
+      atomicMax(call.largest_unit + book, int(__float_as_uint(scale)));
     }
-    out.all = all;
   }
 }
 
 struct RowForms {
   Rows x;
-  const Tile* tiles;  // `[books, tile_count]`; for forms
-  int tile_count;
   const float* centre;
+  const int* largest_unit;
   int terms;
   int width;
   __half* forms;  // `[books, rows, width]`; null for terms = 0
@@ -317,8 +338,11 @@ __global__ void __launch_bounds__(kPrepareThreads) prepare_rows(RowForms call) {
   }
 
   const bool known = finite && is_finite(largest);
-  // A row that is far shorter than codes is left small beside them, so that halves hold w.
-  const float least = call.tiles[int64_t(book) * call.tile_count].all.scale * 0x1p-12f;
+  // A row that is far shorter than a code is left small beside it, so that halves hold w.
+  float least = 0;
+  if (call.largest_unit != nullptr) {
+    least = __uint_as_float(unsigned(call.largest_unit[book])) / kMostWeight;
+  }
   const float scale = fmaxf(largest > 0 ? power_below(largest) : 1.0f, least);
   const float down = 1.0f / scale;
   __half* form = call.forms + place_of_row * call.width;

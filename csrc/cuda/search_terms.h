@@ -62,13 +62,22 @@ __device__ __forceinline__ RowTerms terms_of_halves(float squares, bool finite, 
   return {finite ? 1.0f : NAN, known ? error : INFINITY, fmaxf(norm, 0x1p-100f), 0};
 }
 
-// 2^f and the largest kPerStep B + R, C and E of a tile, over its finite codes; an error of +inf is
-// not to be decided by the search.
-struct alignas(16) TileTerms {
-  float scale;
+// What the uncertainty of a score follows from: kPerStep B + R, C and E of a code; an error of +inf
+// is not to be decided by the search.
+struct alignas(16) CodeTerms {
   float bias;
   float norm;
   float error;
+  float unused;
+};
+
+// The largest of these in a tile, over its finite codes. `mixed`: one is so much larger than the
+// others that it must not speak for them.
+struct alignas(16) TileTerms {
+  CodeTerms most;
+  float scale;  // 2^f
+  int32_t mixed;
+  int32_t unused[2];
 };
 
 // What is multiplied with a tile besides its codes, 16 columns for each: parts of the bias. Eight
@@ -90,15 +99,18 @@ constexpr int kBiasParts = 4;
 template <typename Half, bool kScreened>
 __host__ __device__ constexpr float bias_multiplier(int part) {
   if (std::is_same_v<Half, __nv_bfloat16>) return 1.0f;
-  if (kScreened) return part < 3 ? 1.0f : 0.0f;
+  if (kScreened) return part == 0 ? 1.0f : part == 1 ? 0x1p-10f : part == 2 ? 0x1p-20f : 0.0f;
   return part == 0 ? 0x1p12f : part == 1 ? 1.0f : part == 2 ? 0x1p-12f : 0.0f;
 }
+
+constexpr float kLeastWeight = 0x1p-24f, kMostWeight = 0x1p15f;  // what halves hold
 
 // A row's multipliers as one thread holds them in a tensor-core step, columns 2t and 2t + 1.
 template <typename Half, bool kScreened>
 __device__ __forceinline__ uint32_t bias_pair(float weight) {
   const int first = threadIdx.x % 4 * 2;
   if (first >= kBiasParts) return 0;
+  weight = fminf(weight, kMostWeight);
   const float low =
       first == 0 ? bias_multiplier<Half, kScreened>(0) : bias_multiplier<Half, kScreened>(2);
   const float high =
@@ -107,12 +119,20 @@ __device__ __forceinline__ uint32_t bias_pair(float weight) {
                                                     << 16;
 }
 
+// What is lost of a bias, as a share of it, where halves do not hold w times its multipliers.
+__device__ __forceinline__ float bias_lost(float weight) {
+  if (weight >= kLeastWeight * 0x1p20f) return 0;
+  return weight >= kLeastWeight * 0x1p10f ? 0x1p-20f : weight >= kLeastWeight ? 0x1p-10f : 1.0f;
+}
+
 // w of a row and a tile of forms, a power of two; 0 where the search must not decide. Halves hold
-// it from kLeastWeight on; below, the bias is left out, and is all error.
-constexpr float kLeastWeight = 0x1p-24f;
+// it from kLeastWeight on; below, the bias is left out, and is all error. Above kMostWeight a
+// search with biases must not decide: rows' units are chosen so that it does not come to that
+// (prepare.h).
 __device__ __forceinline__ float bias_weight(const RowTerms& row, const TileTerms& tile) {
   const float weight = row.scale * tile.scale;
-  return weight >= 0x1p-100f && weight <= 0x1p15f ? weight : 0.0f;
+  const bool held = weight <= kMostWeight || tile.most.bias == 0;
+  return weight >= 0x1p-100f && weight <= 0x1p100f && held ? weight : 0.0f;
 }
 
 // Slot s of a tile holds the codes s / 4 * 64 + n * 8 + s % 4 * 2 + j  with n < 8 and j < 2: a

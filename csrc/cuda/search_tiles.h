@@ -33,9 +33,10 @@ struct Search {
   int64_t x_stride, x_book;
   const void* codes;
   int64_t code_stride, code_book;
-  RowTerms* row_terms;  // `[books, rows]`
-  const Tile* tiles;    // `[books, tile_count]`
-  Record* records;      // `[splits, books, rows]`
+  RowTerms* row_terms;              // `[books, rows]`
+  const Tile* tiles;                // `[books, tile_count]`
+  const CodeTerms* terms_of_codes;  // `[books, tile_count * kTileCodes]`
+  Record* records;                  // `[splits, books, rows]`
   int rows, codes_count, width, books;
   int tile_count, splits, tiles_per_split;
   // Of search_tiles alone.
@@ -179,6 +180,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsM * kWarpsN, kWarpsM == 2 ? 2 : 
   const char* x = static_cast<const char*>(call.x) + book * call.x_book * 2;
   const char* codes = static_cast<const char*>(call.codes) + book * call.code_book * 2;
   const Tile* tiles = call.tiles + int64_t(book) * call.tile_count;
+  const CodeTerms* terms_of_codes =
+      call.terms_of_codes + int64_t(book) * call.tile_count * kTileCodes;
   const int first_tile = split * call.tiles_per_split;
   const int end_tile = min(first_tile + call.tiles_per_split, call.tile_count);
 
@@ -257,8 +260,8 @@ __global__ void __launch_bounds__(kWarp * kWarpsM * kWarpsN, kWarpsM == 2 ? 2 : 
         [&](int slot, int number) {
           return scores[slot / 2][number / 2][slot % 2 * 2 + number % 2];
         },
-        row_of_slot, lower, tile.all, warp_code + lane % 4 * 2, state, now.tile * kTileCodes,
-        inverse_reference);
+        row_of_slot, lower, tile.all, terms_of_codes + int64_t(now.tile) * kTileCodes,
+        warp_code + lane % 4 * 2, state, now.tile * kTileCodes, inverse_reference);
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
 #pragma unroll

@@ -113,6 +113,8 @@ __global__ void __launch_bounds__(WarpgroupLayout<kSteps>::kThreads, warpgroup_b
   const char* x = static_cast<const char*>(call.x) + book * call.x_book * 2;
   const char* codes = static_cast<const char*>(call.codes) + book * call.code_book * 2;
   const Tile* tiles = call.tiles + int64_t(book) * call.tile_count;
+  const CodeTerms* terms_of_codes =
+      call.terms_of_codes + int64_t(book) * call.tile_count * kTileCodes;
   RowTerms* terms_of_rows = call.row_terms + int64_t(book) * call.rows;
   const int first_tile = split * call.tiles_per_split;
   const int end_tile = min(first_tile + call.tiles_per_split, call.tile_count);
@@ -186,7 +188,8 @@ __global__ void __launch_bounds__(WarpgroupLayout<kSteps>::kThreads, warpgroup_b
     fold_buckets<kScreened>(
         [&](int slot, int number) { return scores[half][number / 2 * 4 + slot * 2 + number % 2]; },
         [&](int slot) { return row_terms[slot]; }, lower, terms_of_stage[stage].all,
-        half * kHalfTile + lane % 4 * 2, state, tile * kTileCodes, inverse_reference);
+        terms_of_codes + int64_t(tile) * kTileCodes, half * kHalfTile + lane % 4 * 2, state,
+        tile * kTileCodes, inverse_reference);
   };
 
   // No products are left open over the loop's end: ptxas puts those whose sums are read while

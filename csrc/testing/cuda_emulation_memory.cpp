@@ -196,8 +196,9 @@ struct Check {
   // Whether all is well with one byte.
   bool one(const Region& region, Byte& byte) const {
     if (byte.in_flight) {
-      report("missing wait for a copy", ", which a copy issued at " +
-                                          text(place_of(byte.write.place)) + " has not filled yet");
+      report(
+          "missing wait for a copy",
+          ", which a copy issued at " + text(place_of(byte.write.place)) + " has not filled yet");
       return false;
     }
     const bool known = region.shared ? byte.write.epoch >= memory.block_epoch : byte.known;

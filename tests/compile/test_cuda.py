@@ -25,7 +25,7 @@ from resource_table import MULTIPROCESSORS, TABLE, Needs, capability_of
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OPS = ("nearest_code", "quantize", "quantize_backward_x", "quantize_backward_codebook")
 ROWS, CODES = 1 << 17, 1 << 14
-_WITH_PRODUCTS = ("search_tiles", "products")
+_WITH_PRODUCTS = ("search_tiles", "search_warpgroups", "products")
 _SHORT = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
 _DTYPES = (
     ("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("fp16", "fp32"), ("bf16", "fp32"),
@@ -59,7 +59,7 @@ def calls() -> Iterator[Call]:
     """Every form of the search, and every kernel with each pair of dtypes, in rows that can be
     read in pieces and in rows that cannot."""
     for x, book in _DTYPES[:3]:
-        for dim in (64, 128, 256, 512):
+        for dim in (32, 64, 128, 192, 256, 512):
             yield Call("nearest_code", x, book, dim)
         yield Call("nearest_code", x, book, 256, rows=128)
     yield Call("nearest_code", "fp32", "fp32", 8)

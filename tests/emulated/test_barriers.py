@@ -1,4 +1,4 @@
-"""Every barrier, and every wait for copies or products, of csrc/cuda is needed: without it, some case fails."""
+"""Every barrier and every wait of csrc/cuda is needed: without it, some case fails."""
 
 from __future__ import annotations
 

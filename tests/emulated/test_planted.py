@@ -108,7 +108,7 @@ FAULTS = (
     Fault(
         "no bound",
         "candidates.h",
-        "fmaf(row.error, tile.norm, fmaf(row.norm, tile.error, of_bias))",
+        "fmaf(row.error, code.norm, fmaf(row.norm, code.error, of_bias))",
         "of_bias",
     ),
     Fault(
