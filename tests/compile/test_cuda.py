@@ -192,6 +192,8 @@ def test_kernels_stay_within_their_means(
             keys.add(key)
             code = kernels[target, name]
             tensor = "mma.sync" if code.tensor_instructions else "none"
+            if any("GMMA" in instruction for instruction in code.instructions):
+                tensor = "wgmma"
             needs = Needs(
                 code.registers,
                 code.static_shared + shared,
