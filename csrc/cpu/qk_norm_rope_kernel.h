@@ -30,6 +30,19 @@ inline T* head_row(const HeadTensor& heads, int64_t batch, int64_t head, int64_t
          token * heads.row_stride;
 }
 
+// Asks for the rows of the next kRows tokens: those of a packed qkv, and of a result whose heads
+// come first, are too far apart for the processor to foresee.
+template <typename T, bool kWritten, int kRows>
+VQKERNELS_INLINE inline void fetch_next(const NormRope& task, const HeadTensor& heads,
+                                        int64_t batch, int64_t head, int64_t token) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  if (token + 2 * kRows > task.tokens) return;
+  const T* row = head_row<const T>(heads, batch, head, token + kRows);
+  for (int r = 0; r < kRows; ++r, row += heads.row_stride) {
+    for (int64_t i = 0; i < task.dim; i += kLine) __builtin_prefetch(row + i, kWritten);
+  }
+}
+
 struct NormRopeRoom {
   float *cos, *sin, *ones, *grads;
   int64_t stride;
@@ -169,6 +182,8 @@ inline void norm_rope_heads(const NormRope& task, const NormRopeSide& side, int6
     const NormedRows<T, kRows> normed(task, head_row<const T>(side.x, batch, head, token),
                                       side.x.row_stride);
     T* const out = head_row<T>(side.out, batch, head, token);
+    fetch_next<T, false, kRows>(task, side.x, batch, head, token);
+    fetch_next<T, true, kRows>(task, side.out, batch, head, token);
     turn_rows<kTurn, false>(
         task.dim, tables,
         [&](int64_t column, int64_t count, vf(&values)[kRows]) VQKERNELS_INLINE {
@@ -194,6 +209,9 @@ inline void norm_rope_backward_heads(const NormRope& task, const NormRopeSide& s
                                       side.x.row_stride);
     const T* const grad = head_row<const T>(side.grad, batch, head, token);
     T* const out = head_row<T>(side.out, batch, head, token);
+    fetch_next<T, false, kRows>(task, side.x, batch, head, token);
+    fetch_next<T, false, kRows>(task, side.grad, batch, head, token);
+    fetch_next<T, true, kRows>(task, side.out, batch, head, token);
 
     vf along[kRows], along_normed[kRows];
     for (int r = 0; r < kRows; ++r) along[r] = along_normed[r] = vf{};
