@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from . import bench_attention, bench_modulation, bench_nearest_code, bench_vector_quantize
+from . import (
+    bench_attention,
+    bench_modulation,
+    bench_nearest_code,
+    bench_qk_norm_rope,
+    bench_vector_quantize,
+)
 from .case import Case, key
 
 CASES: tuple[Case, ...] = (
@@ -10,6 +16,7 @@ CASES: tuple[Case, ...] = (
     *bench_vector_quantize.CASES,
     *bench_modulation.CASES,
     *bench_attention.CASES,
+    *bench_qk_norm_rope.CASES,
 )
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 

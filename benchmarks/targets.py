@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .bench_attention import SDPA
-from .bench_modulation import BOTH, FORWARD
+from .bench_modulation import BOTH, COMPILED, EAGER, FORWARD
 from .bench_nearest_code import CALL_OVERHEAD, PACKING_INCLUDED
 from .bench_vector_quantize import PEER
 from .case import OURS
@@ -184,6 +184,17 @@ TARGETS: tuple[Target, ...] = (
         "x",
         lambda r: _row("attention", "DiT-S/8", "bfloat16")(r) and r.mode == FORWARD,
         _versus(SDPA),
+    ),
+    *(
+        Target(
+            f"qk_norm_rope: at most {limit}x {peer}",
+            limit,
+            True,
+            "x",
+            lambda r: r.op == "qk_norm_rope",
+            _versus(peer),
+        )
+        for peer, limit in ((EAGER, 0.25), (COMPILED, 0.67))
     ),
 )
 

@@ -35,6 +35,7 @@ REPEATED = (
     "test_timestep_embedding.py",
     "test_ada_layer_norm.py",
     "test_bias_gelu.py",
+    "test_qk_norm_rope.py",
 )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from _helpers.precision import forward_and_backward, judge
@@ -13,15 +11,13 @@ from torch import Tensor
 import vqkernels
 from vqkernels import qk_norm_rope, rope_tables
 
+every_capability = pytest.mark.every_capability
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMS = ["rms", "layer", "none"]
-
-
-@pytest.fixture(autouse=True)
-def _by_reference() -> Iterator[None]:
-    """There is no kernel for the CPU."""
-    with vqkernels.use_backend("auto"):
-        yield
+# Heads of q and of k, tokens, columns.
+SHAPES = [(3, 3, 7, 64), (4, 2, 12, 72), (1, 1, 1, 2), (2, 1, 37, 80), (1, 2, 17, 6)]
 
 
 def ours(norm: str, interleaved: bool, tables: tuple[Tensor, Tensor] | None):
@@ -43,11 +39,12 @@ def ours(norm: str, interleaved: bool, tables: tuple[Tensor, Tensor] | None):
     return function
 
 
+@every_capability
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_against_eager(norm: str, interleaved: bool, dtype: torch.dtype) -> None:
-    for heads, key_heads, tokens, dim in ((3, 3, 7, 64), (4, 2, 12, 72), (1, 1, 1, 2)):
+def test_against_eager(backend: str, norm: str, interleaved: bool, dtype: torch.dtype) -> None:
+    for heads, key_heads, tokens, dim in SHAPES:
         inputs, grads = draw_heads(heads, key_heads, tokens, dim, dtype)
         tables = rope_tables((tokens,), dim)
         by_sample = tuple(torch.stack([table, table.flip(0)]) for table in tables)
@@ -58,7 +55,75 @@ def test_against_eager(norm: str, interleaved: bool, dtype: torch.dtype) -> None
             judge(*functions, inputs[:2], grads)
 
 
-def test_a_table_turns_by_its_angle() -> None:
+@every_capability
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dim", [1, 5, 33, 96, 128, 250, 256])
+def test_any_width(native_cpu: None, dim: int, norm: str, dtype: torch.dtype) -> None:
+    inputs, grads = draw_heads(2, 1, 6, dim, dtype)
+    tables = rope_tables((6,), dim) if dim % 2 == 0 else None
+    for interleaved in (False, True):
+        judge(*(f(norm, interleaved, tables) for f in (ours, eager_turned)), inputs, grads)
+
+
+@every_capability
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_outliers(backend: str, norm: str) -> None:
+    """Rows far from zero beside their deviation, one huge column, zeros, fp16's largest number."""
+    for dtype in DTYPES:
+        inputs, grads = draw_heads(2, 2, 9, 64, dtype)
+        q = inputs[0]
+        q[:, :, 0] += 300
+        q[:, :, 1, 5] = 3000
+        q[:, :, 2] = 0
+        q[:, 0, 3, ::2], q[:, 0, 3, 1::2] = 65504, -65504
+        judge(*(f(norm, False, rope_tables((9,), 64)) for f in (ours, eager_turned)), inputs, grads)
+
+
+@every_capability
+def test_a_row_without_numbers_spoils_no_other(native_cpu: None) -> None:
+    (q, k, *weights), grads = draw_heads(2, 2, 9, 24, torch.float32)
+    broken = q.clone()
+    broken[:, :, 4, 3] = torch.nan
+    for norm in NORMS:
+        function = ours(norm, True, rope_tables((9,), 24))
+        expected = forward_and_backward(function, (q, k, *weights), grads)
+        found = forward_and_backward(function, (broken, k, *weights), grads)
+        kept = torch.arange(9) != 4
+        for i in (0, 2):
+            assert torch.equal(found[i][:, :, kept], expected[i][:, :, kept])
+            assert norm == "none" or found[i][:, :, 4].isnan().all()
+        assert all(torch.equal(found[i], expected[i]) for i in (1, 3, 5))
+
+
+@every_capability
+def test_dtypes_that_differ(backend: str) -> None:
+    """Of q, k, weights and tables: each is read as it is."""
+    (q, k, weight, _), (grad_q, grad_k) = draw_heads(2, 2, 5, 24, torch.float32)
+    q, k, grad_q, grad_k = q.half(), k.bfloat16(), grad_q.half(), grad_k.bfloat16()
+    cos, sin = (t.double().bfloat16() for t in rope_tables((5,), 24))
+    function = ours("rms", False, (cos, sin))
+    found = forward_and_backward(function, (q, k, weight, weight.half()), [grad_q, grad_k])
+    kinds = [torch.float16, torch.bfloat16] * 2 + [torch.float32, torch.float16]
+    assert [t.dtype for t in found] == kinds
+    wide = [t.double() for t in (q, k, weight, weight.half(), grad_q, grad_k)]
+    exact = forward_and_backward(function_in_float64(cos, sin), wide[:4], wide[4:])
+    for one, true in zip(found, exact, strict=True):
+        eps = max(torch.finfo(one.dtype).eps, 1e-6)
+        assert (one.double() - true).abs().max() <= eps * true.abs().max()
+
+
+def function_in_float64(cos: Tensor, sin: Tensor):
+    return eager_turned("rms", False, (cos.double(), sin.double()))
+
+
+def test_float64_goes_to_the_reference() -> None:
+    q = torch.randn(1, 1, 2, 4).double().requires_grad_()
+    assert vqkernels.explain("qk_norm_rope", q, q).backend == "reference"
+    assert torch.autograd.gradcheck(ours("layer", True, rope_tables((2,), 4)), (q, q))
+
+
+def test_a_table_turns_by_its_angle(backend: str) -> None:
     """Scalar products depend on the distance of two tokens alone."""
     cos, sin = rope_tables((32,), 64)
     row = torch.randn(2, 64)
@@ -91,19 +156,62 @@ def test_tables_of_grids() -> None:
     assert rope_tables((0,), 8)[0].shape == (0, 4)
 
 
-def test_views_of_a_packed_qkv() -> None:
-    packed = torch.randn(2, 9, 3, 4, 24)
+@every_capability
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_views_give_what_their_copies_give(
+    backend: str, interleaved: bool, dtype: torch.dtype
+) -> None:
+    """A packed qkv, columns apart, heads repeated; gradients as attention leaves them."""
+    packed = torch.randn(2, 9, 3, 4, 48).to(dtype)
     q, k, _ = packed.permute(2, 0, 3, 1, 4)
-    tables = rope_tables((3, 3), 24)
-    grads = [torch.randn(2, 4, 9, 24) for _ in "qk"]
-    found = forward_and_backward(ours("rms", False, tables), (q, k), grads)
-    copies = (q.contiguous(), k.contiguous())
-    expected = forward_and_backward(ours("rms", False, tables), copies, grads)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert found[0].is_contiguous()
+    grads = [torch.randn(2, 9, 4, 24).to(dtype).transpose(1, 2) for _ in "qk"]
+    weights = list(torch.randn(2, 48)[:, ::2].unbind())
+    cos, sin = rope_tables((3, 3), 48)
+    tables = cos[:, ::2], sin[:, ::2].expand(2, 9, 12)
+    tables = tables[0].expand(2, 9, 12), tables[1]
+    function, plain = (
+        ours("rms", interleaved, chosen)
+        for chosen in (tables, tuple(t.contiguous() for t in tables))
+    )
+    for views in (
+        (q[..., :24], k[..., 24:]),
+        (q[..., ::2], k[..., ::2]),
+        (q[:, :1, :, :24].expand(-1, 4, -1, -1), k[:, :, :1, :24].expand(-1, -1, 9, -1)),
+    ):
+        found = forward_and_backward(function, (*views, *weights), grads)
+        copies = [t.contiguous() for t in (*views, *weights)]
+        expected = forward_and_backward(plain, copies, [g.contiguous() for g in grads])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert found[0].is_contiguous()
 
 
-def test_empty_and_untouched() -> None:
+@every_capability
+def test_same_bits_at_any_number_of_threads(native_cpu: None, restored_threads: None) -> None:
+    inputs, grads = draw_heads(6, 3, 150, 64, torch.float32)
+    function = ours("layer", False, rope_tables((150,), 64))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(forward_and_backward(function, inputs, grads))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@every_capability
+def test_a_row_does_not_depend_on_the_batch(native_cpu: None) -> None:
+    (q, k, *_), _ = draw_heads(2, 2, 23, 40, torch.bfloat16)
+    cos, sin = rope_tables((23,), 40)
+    whole = qk_norm_rope(q, k, cos=cos, sin=sin)
+    for token in (0, 6, 22):
+        one = slice(token, token + 1)
+        parts = qk_norm_rope(q[:1, :, one], k[:1, :, one], cos=cos[one], sin=sin[one])
+        for part, all_rows in zip(parts, whole, strict=True):
+            assert torch.equal(part, all_rows[:1, :, one])
+
+
+@every_capability
+def test_empty_and_untouched(backend: str) -> None:
     for shape in ((0, 2, 3, 8), (2, 0, 3, 8), (2, 2, 0, 8)):
         x, weight = torch.randn(shape), torch.randn(8)
         found = forward_and_backward(ours("rms", False, None), (x, x, weight, weight), [x, x])
@@ -115,7 +223,7 @@ def test_empty_and_untouched() -> None:
     assert q.data_ptr() != x.data_ptr()
 
 
-def test_compiles_as_one_graph() -> None:
+def test_compiles_as_one_graph(backend: str) -> None:
     cos, sin = rope_tables((6,), 8)
     (q, k, *weights), _ = draw_heads(2, 2, 6, 8, torch.float32)
 
@@ -132,13 +240,13 @@ def test_compiles_as_one_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
 
 
-def test_autocast_leaves_dtypes_alone() -> None:
+def test_autocast_leaves_dtypes_alone(backend: str) -> None:
     (q, k, *_), _ = draw_heads(2, 2, 3, 8, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert qk_norm_rope(q, k)[0].dtype == torch.float32
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments(backend: str) -> None:
     (q, k, weight, _), _ = draw_heads(2, 2, 3, 8, torch.float32)
     cos, sin = rope_tables((3,), 8)
     cases = (

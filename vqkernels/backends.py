@@ -37,7 +37,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "gated_residual": ("cpu", "triton"),
     "gated_residual_ada_layer_norm": ("cpu", "triton"),
     "bias_gelu": ("cpu", "triton"),
-    "qk_norm_rope": ("triton",),
+    "qk_norm_rope": ("cpu", "triton"),
     "attention": ("cpu", "triton"),
 }
 

@@ -9,6 +9,7 @@
 #include "ema_update_kernel.h"
 #include "gather_codes_kernel.h"
 #include "nearest_code_kernel.h"
+#include "qk_norm_rope_kernel.h"
 #include "quantize_kernel.h"
 #include "timestep_embedding_kernel.h"
 
@@ -30,6 +31,7 @@ vqkernels_kernel_table() {
       modulation_sums,     bias_gelu,
       bias_gelu_backward,  attention,
       attention_backward,  attention_query_sums,
+      qk_norm_rope,        qk_norm_rope_backward,
   };
   return &table;
 }

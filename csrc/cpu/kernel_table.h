@@ -7,6 +7,7 @@
 #include "attention_task.h"
 #include "modulation_task.h"
 #include "packed_book.h"
+#include "qk_norm_rope_task.h"
 #include "rows.h"
 
 namespace vqkernels {
@@ -97,6 +98,9 @@ struct KernelTable {
   void (*attention)(const AttentionTask& task);
   void (*attention_backward)(const AttentionBackwardTask& task);
   void (*attention_query_sums)(const AttentionQuerySums& task);
+
+  void (*qk_norm_rope)(const NormRope& task, int64_t chunk_begin, int64_t chunk_end);
+  void (*qk_norm_rope_backward)(const NormRope& task, int64_t chunk_begin, int64_t chunk_end);
 };
 
 // A hash of these headers, from the build: objects of different builds refuse each other.

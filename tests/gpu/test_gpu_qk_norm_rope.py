@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from _helpers.precision import forward_and_backward, judge
 from _helpers.turning import draw_heads, eager_turned
 from torch import Tensor
 
-import vqkernels
 from vqkernels import qk_norm_rope, rope_tables
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NORMS = ["rms", "layer", "none"]
 Tables = tuple[Tensor, Tensor] | None
-
-
-@pytest.fixture
-def kernels(triton_backend: str) -> Iterator[str]:
-    """There is no kernel for the CPU: in a dry run the reference stands in."""
-    name = triton_backend if triton_backend == "triton" else "reference"
-    with vqkernels.use_backend(name):
-        yield name
 
 
 def ours(norm: str, interleaved: bool, tables: Tables):
@@ -48,7 +37,7 @@ def ours(norm: str, interleaved: bool, tables: Tables):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-def test_forward_and_backward(kernels, device, norm, interleaved, dtype):
+def test_forward_and_backward(triton_backend, device, norm, interleaved, dtype):
     for heads, key_heads, tokens, dim in (
         (6, 6, 256, 64),
         (16, 4, 100, 72),
@@ -71,7 +60,7 @@ def test_forward_and_backward(kernels, device, norm, interleaved, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [64, 72])
-def test_packed_views_and_the_same_bits(kernels, device, dim, dtype):
+def test_packed_views_and_the_same_bits(triton_backend, device, dim, dtype):
     packed = torch.randn(2, 200, 3, 8, dim).to(device, dtype)
     q, k, _ = packed.permute(2, 0, 3, 1, 4)
     tables = rope_tables((10, 20), dim, device=device)
@@ -85,11 +74,11 @@ def test_packed_views_and_the_same_bits(kernels, device, dim, dtype):
             assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
-def test_opcheck(kernels, device):
+def test_opcheck(triton_backend, device):
     inputs, _ = draw_heads(2, 1, 5, 12, torch.float32)
     q, k, *weights = (t.to(device).requires_grad_() for t in inputs)
     cos, sin = rope_tables((5,), 12, device=device)
-    arguments = (q, k, *weights, cos, sin, 1e-6, "layer", True, kernels)
+    arguments = (q, k, *weights, cos, sin, 1e-6, "layer", True, triton_backend)
     torch.library.opcheck(torch.ops.vqkernels.qk_norm_rope.default, arguments)
 
 
