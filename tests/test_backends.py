@@ -195,6 +195,13 @@ def test_the_table_chooses_on_a_gpu(
                 assert backends.select(op, *tensors) == name
 
 
+def test_a_large_book_is_searched_by_cuda(gpu: Callable[..., None]) -> None:
+    gpu(90)
+    for codes, expected in ((selection.LARGE_BOOK, "cuda"), (selection.LARGE_BOOK - 1, "triton")):
+        x, codebook = on_gpu(65536, codes, 256, torch.bfloat16)
+        assert backends.select("nearest_code", x, codebook) == expected
+
+
 def test_a_half_with_a_float32_book_is_no_half(gpu: Callable[..., None]) -> None:
     gpu(90)
     x, codebook = on_gpu(65536, 512, 64, torch.float16)
@@ -278,10 +285,11 @@ def test_which_gpus_an_object_serves(
 
 def test_every_call_has_a_row_and_every_row_a_call() -> None:
     found = {
-        selection.preferred(selection.GpuCall(capability, dim, few_rows), dtypes)
+        selection.preferred(selection.GpuCall(capability, dim, few_rows, large_book), dtypes)
         for capability in (80, 86, 89, 90, 100, 103, 110, 120, 121)
-        for dim in (0, 1, 16, 17, 63, 64, 4096)
+        for dim in (0, 1, 16, 17, 63, 64, 256, 4096)
         for few_rows in (False, True)
+        for large_book in (False, True)
         for dtypes in ((torch.float16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2)
     }
     assert found == set(selection.TABLE)

@@ -106,14 +106,17 @@ def select(op: str, *tensors: Tensor | None) -> str:
 
 
 def _gpu_call(op: str, tensors: Sequence[Tensor | None]) -> GpuCall | None:
-    """The GPU of the first tensor and, where `selection` asks for it, the shape of x."""
+    """The GPU of the first tensor and, where `selection` asks for it, the shapes."""
     for tensor in tensors:
         if tensor is not None:
             capability = _capability(tensor.device.index)
             if op not in selection.OPS or tensor.dim() == 0:
                 return GpuCall(capability)
             dim = tensor.shape[-1]
-            return GpuCall(capability, dim, tensor.numel() <= selection.FEW_ROWS * dim)
+            few_rows = tensor.numel() <= selection.FEW_ROWS * dim
+            book = tensors[1] if len(tensors) > 1 else None
+            codes = book.shape[-2] if book is not None and book.dim() > 1 else 0
+            return GpuCall(capability, dim, few_rows, codes >= selection.LARGE_BOOK)
     return None
 
 
