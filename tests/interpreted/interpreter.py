@@ -2,9 +2,9 @@
 
 Triton 3.9 keeps bf16 as raw 16-bit words. Its `tl.dot` multiplies those words as integers, and its
 fp32 -> bf16 conversion does not round to nearest even. In Triton 3.6 the minimum of a number and a
-NaN is the NaN. `mend` replaces all three. `guard` makes every
-load, store and atomic check that it stays within a tensor of its launch. `case_interpreter.py`
-tests all of them.
+NaN is the NaN. A BLAS adds the products of equal columns in orders that depend on where they stand,
+which no GPU does. `mend` replaces all four. `guard` makes every load, store and atomic check that
+it stays within a tensor of its launch. `case_interpreter.py` tests all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fp32_to_bf16(values: np.ndarray) -> np.ndarray:
 def mend() -> None:
     builder = interpreter.InterpreterBuilder
     handle = interpreter.TensorHandle
-    original_cast, original_dot = builder.cast_impl, builder.create_dot
+    original_cast = builder.cast_impl
 
     def cast_impl(self, src, dst_type):
         source, target = src.dtype.scalar, dst_type.scalar
@@ -45,12 +45,12 @@ def mend() -> None:
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         a, b = (
-            handle(bf16_to_fp32(side.data), tl.float32)
-            if side.dtype.scalar == tl.bfloat16
-            else side
+            bf16_to_fp32(side.data) if side.dtype.scalar == tl.bfloat16 else side.data
             for side in (a, b)
         )
-        return original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        kind = d.data.dtype
+        products = np.einsum("...ik,...kj->...ij", a.astype(kind), b.astype(kind))
+        return handle(products + d.data, d.dtype.scalar)
 
     def create_minnumf(self, left, right):
         return self.binary_op(left, right, np.fmin)
