@@ -60,15 +60,10 @@ __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* shared
                : "memory");
 }
 
-// Copies 16 bytes to shared memory. Both addresses are multiples of 16. The copy is done after a
-// cp_async_wait that covers its group.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
-}
-
-// The same of source_bytes, 0 to 16, and zeros after them.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, int source_bytes) {
+// Copies source_bytes (0 to 16) to 16 bytes of shared memory and fills the rest with zero. Both
+// addresses are multiples of 16. The copy is done after a cp_async_wait that covers its group.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global,
+                                            int source_bytes = 16) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
                "r"(source_bytes)

@@ -70,12 +70,11 @@ extern "C" __attribute__((visibility("default"))) int64_t emulated_scratch_bytes
 VQKERNELS_EXPORT emulated_nearest_code(const int64_t* device, const int64_t* x,
                                        const int64_t* codebook, int metric, const int64_t* labels,
                                        int64_t* indices, int32_t* weighed, int splits,
-                                       int block_rows, int warpgroups) {
+                                       int warpgroups) {
   return cuda::run(device, [&](const cuda::Context& context) {
     cuda::NearestCode problem = cuda::search_from(x, codebook, metric, labels, indices);
     problem.weighed = weighed;
     problem.splits = splits;
-    problem.block_rows = block_rows;
     problem.warpgroups = warpgroups;
     cuda::nearest_code(problem, context);
   });

@@ -50,7 +50,6 @@ class CudaCalls:
         metric: str = "l2",
         splits: int = 0,
         weighed: Tensor | None = None,
-        block_rows: int = 0,
         warpgroups: int = 0,
     ) -> Tensor:
         """`weighed`: int32, one a row, gets how many codes were compared in float64; `warpgroups`:
@@ -67,7 +66,6 @@ class CudaCalls:
             _pointer(indices),
             _pointer(weighed),
             splits,
-            block_rows,
             warpgroups,
         )
         return indices
