@@ -176,6 +176,39 @@ def test_ten_steps_of_a_modulated_block(native_cpu: None, compiler: str) -> None
     assert losses[0][-1] != losses[0][0]
 
 
+def test_the_branches_of_a_block_as_in_eager(backend: str) -> None:
+    from vqkernels.nn import DiTBlock
+
+    block = DiTBlock(24, 3)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    attn, mlp = block.attn, block.mlp
+
+    def branches(x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate, *others = block.adaLN_modulation(c).chunk(6, dim=-1)
+        x = vqkernels.modulated_attention(
+            x, shift=shift, scale=scale, gate=gate, num_heads=3,
+            qkv_weight=attn.qkv.weight, qkv_bias=attn.qkv.bias,
+            proj_weight=attn.proj.weight, proj_bias=attn.proj.bias,
+        )  # fmt: skip
+        shift, scale, gate = others
+        return block(vqkernels.modulated_mlp(
+            x, shift=shift, scale=scale, gate=gate,
+            fc1_weight=mlp.fc1.weight, fc1_bias=mlp.fc1.bias,
+            fc2_weight=mlp.fc2.weight, fc2_bias=mlp.fc2.bias,
+        ), c)  # fmt: skip
+
+    compiled = torch.compile(branches, fullgraph=True, backend="aot_eager")
+    x, c = torch.randn(2, 12, 24), torch.randn(2, 24)
+    leaves = [x.requires_grad_(), c.requires_grad_(), *block.parameters()]
+    found, plain = compiled(x, c), branches(x, c)
+    torch.testing.assert_close(found, plain)
+    grad = torch.randn_like(plain)
+    ours = torch.autograd.grad(found, leaves, grad)
+    for mine, true in zip(ours, torch.autograd.grad(plain, leaves, grad), strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-4, atol=1e-4)
+
+
 def test_modulation_equals_eager_bit_by_bit(backend: str) -> None:
     x, y = torch.randn(2, 12, 40), torch.randn(2, 12, 40)
     gate, shift, scale = torch.randn(2, 240).chunk(6, dim=1)[:3]

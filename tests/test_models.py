@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from _helpers.models import randomized, small_dit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,23 +17,6 @@ from vqkernels.nn.embedders import LabelEmbedder, TimestepEmbedder, sincos_posit
 from vqkernels.ops.diffuse import diffuse
 from vqkernels.ops.normal_noise import normal_noise
 from vqkernels.schedulers.rectified_flow import TIME_SCALE, euler_sample
-
-
-def small_dit(**changes: object) -> DiT:
-    arguments: dict[str, object] = {
-        "input_size": 6, "patch_size": 2, "in_channels": 3, "hidden_size": 24, "depth": 2,
-        "num_heads": 4, "num_classes": 5, "learn_sigma": False, **changes,
-    }  # fmt: skip
-    return DiT(**arguments)  # type: ignore[arg-type]
-
-
-def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Zero-initialized gates hide wrong wiring: give every parameter a value."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def test_dit_parameter_names_are_those_of_facebookresearch_dit() -> None:

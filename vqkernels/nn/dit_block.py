@@ -52,9 +52,10 @@ class DiTBlock(nn.Module):
         x = x + gate_1 * attention(norm(x) * (1 + scale_1) + shift_1)
         x = x + gate_2 * mlp(norm(x) * (1 + scale_2) + shift_2)
 
-    The six vectors come from the condition through a layer that DiT initializes to zero, so the
-    block starts as the identity. Source: arXiv:2212.09748, figure 3. Parameter names are
-    facebookresearch/DiT's.
+    `modulated_attention` and `modulated_mlp` in a row, but for the seam: one pass gates the first
+    branch's output in and normalizes for the second. The six vectors come from the condition
+    through a layer that DiT initializes to zero, so the block starts as the identity. Source:
+    arXiv:2212.09748, figure 3. Parameter names are facebookresearch/DiT's.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:

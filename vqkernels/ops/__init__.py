@@ -9,6 +9,8 @@ from vqkernels.ops.ema_update import ema_update
 from vqkernels.ops.gated_residual import gated_residual
 from vqkernels.ops.gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
 from vqkernels.ops.gather_codes import gather_codes
+from vqkernels.ops.modulated_attention import modulated_attention
+from vqkernels.ops.modulated_mlp import modulated_mlp
 from vqkernels.ops.nearest_code import nearest_code, pack_codebook
 from vqkernels.ops.normal_noise import normal_noise
 from vqkernels.ops.qk_norm_rope import qk_norm_rope, rope_tables
@@ -26,6 +28,8 @@ __all__ = [
     "gated_residual",
     "gated_residual_ada_layer_norm",
     "gather_codes",
+    "modulated_attention",
+    "modulated_mlp",
     "nearest_code",
     "normal_noise",
     "pack_codebook",

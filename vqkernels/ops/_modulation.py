@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vqkernels.ops._checks import check_floating, check_same_device
@@ -57,3 +58,24 @@ def check_row(name: str, row: Tensor | None, x: Tensor) -> None:
     check_same_device(name, row, "x", x)
     if row.shape != x.shape[-1:]:
         raise ValueError(f"{name} must be [{x.shape[-1]}], got shape {list(row.shape)}")
+
+
+def check_weight(name: str, weight: Tensor, rows: int | None, columns: int, x: Tensor) -> None:
+    """`[rows, columns]`, as `torch.nn.Linear` has it; any number of rows for None."""
+    check_floating(name, weight)
+    check_same_device(name, weight, "x", x)
+    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != columns or rows not in (None, weight.shape[0]):
+        wanted = "M" if rows is None else str(rows)
+        raise ValueError(f"{name} must be [{wanted}, {columns}], got shape {list(weight.shape)}")
+
+
+def check_bias(name: str, bias: Tensor | None, weight: Tensor) -> None:
+    """`[rows]` of the weight that it goes with."""
+    if bias is None:
+        return
+    check_floating(name, bias)
+    check_same_device(name, bias, "its weight", weight)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name} must be [{weight.shape[0]}], got shape {list(bias.shape)}")
