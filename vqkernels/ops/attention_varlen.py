@@ -10,6 +10,7 @@ flash-attention's interface for varying lengths passes: sequence b has the rows
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, Literal, overload
 
 import torch
@@ -152,8 +153,9 @@ def attention_varlen(
             sequence may have no queries, or no keys.
         cu_seqlens_k: the same of keys, to S.
         max_seqlen_q, max_seqlen_k: no sequence has more queries, or keys.
-        is_causal: query i of a sequence attends to its keys 0..i, as in `attention`. flash-attention
-            aligns the last query with the last key instead, which differs where lengths differ.
+        is_causal: query i of a sequence attends to its keys 0..i, as in `attention`;
+            flash-attention aligns the last query with the last key, another choice where lengths
+            differ.
         scale: factor of the scores, 1 / sqrt(d) by default.
         return_lse: also return the logarithm of the softmax's denominator, which has no gradient.
 
@@ -182,13 +184,15 @@ def attention_varlen(
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(f"v must be [{k.shape[0]}, {k.shape[1]}, e], got shape {list(v.shape)}")
     check_heads(q.shape[1], k.shape[1], enable_gqa)
-    _check_starts("cu_seqlens_q", cu_seqlens_q, q, q.shape[0], "max_seqlen_q", max_seqlen_q)
-    _check_starts("cu_seqlens_k", cu_seqlens_k, q, k.shape[0], "max_seqlen_k", max_seqlen_k)
+    check_tensor("cu_seqlens_q", cu_seqlens_q)
+    check_tensor("cu_seqlens_k", cu_seqlens_k)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must have one shape, "
             f"got {list(cu_seqlens_q.shape)} and {list(cu_seqlens_k.shape)}"
         )
+    _check_starts("cu_seqlens_q", cu_seqlens_q, q, q.shape[0], "max_seqlen_q", max_seqlen_q)
+    _check_starts("cu_seqlens_k", cu_seqlens_k, q, k.shape[0], "max_seqlen_k", max_seqlen_k)
     q, k, v, _ = autocast(q, k, v, None)
     scale = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
     backend = select("attention_varlen", q, k, v)
@@ -210,7 +214,6 @@ def attention_varlen(
 def _check_starts(
     name: str, starts: Tensor, q: Tensor, rows: int, most_name: str, most: int
 ) -> None:
-    check_tensor(name, starts)
     check_same_device(name, starts, "q", q)
     if starts.dtype != torch.int32 or starts.dim() != 1 or starts.shape[0] == 0:
         raise ValueError(f"{name} must be int32 [B + 1], got {starts.dtype} {list(starts.shape)}")
@@ -219,7 +222,7 @@ def _check_starts(
     if torch.compiler.is_compiling() or starts.device.type != "cpu":
         return
     numbers = starts.tolist()
-    lengths = [after - before for before, after in zip(numbers, numbers[1:], strict=False)]
+    lengths = [after - before for before, after in pairwise(numbers)]
     if numbers[0] != 0 or numbers[-1] != rows or min(lengths, default=0) < 0:
         raise ValueError(f"{name} must rise from 0 to {rows}, got {numbers}")
     if max(lengths, default=0) > most:
