@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/dtypes.h"
 #include "simd.h"
@@ -66,6 +67,20 @@ inline void store(half_t* p, vf v) {
 #else
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = from_float<half_t>(v[lane]);
 #endif
+}
+
+// Two vectors next to each other.
+template <typename T>
+inline void store_two(T* p, vf first, vf second) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    std::memcpy(p, &both, sizeof(both));
+    return;
+  }
+#endif
+  store(p, first);
+  store(p + kLanes, second);
 }
 
 // The first `count` lanes, zeros behind them.
@@ -210,10 +225,10 @@ inline vf exp2_of_fraction(vf f) {
 // What brings the nearest integer into a float's low bits when added to it.
 constexpr float kToInteger = 0x1.8p23f;
 
-// 2^x for x <= 127; 0 below -126.
-template <int kTerms>
+// 2^x for x <= 127; 0 below -126. `kBounded` says that x is no less than -200.
+template <int kTerms, bool kBounded = false>
 inline vf exp2(vf x) {
-  const vf clamped = maximum(splat(-200.0f), x);  // also -inf; a NaN stays
+  const vf clamped = kBounded ? x : maximum(splat(-200.0f), x);  // also -inf; a NaN stays
 #if defined(__AVX512F__)
   const vf whole = (vf)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
   const vf y = exp2_of_fraction<kTerms>(clamped - whole);
