@@ -11,17 +11,16 @@
 //                 cycles, a product, which takes 1.5; with 16 queries a warp they would be 2.5
 //   bytes         q, k, v, out once: 0.2 GB, 0.06 ms
 //
-// A block has 128 queries, 4 warps of 32. Registers of a thread: sums of 2 x d / 8 tiles, 4 each (64
-// at d = 64, 128 at 128), 64 scores, which become weights and then operands in place, operands of
-// one step, 8 + 4. That leaves two blocks a multiprocessor at every d, so queries stay in shared
+// A block has 128 queries, 4 warps of 32. Registers of a thread: sums of 2 x d / 8 tiles, 4 each
+// (64 at d = 64, 128 at 128), 64 scores, which become weights and then operands in place, operands
+// of one step, 8 + 4. That leaves two blocks a multiprocessor at every d, so queries stay in shared
 // memory: 128 rows, and three tiles of 64 keys or values, 40 KB at d = 64, 80 KB at d = 128.
 //
 // d = 72 costs 72 columns, not 80: q k^T ends with a step of 8, and its sums are 9 tiles wide.
-#include "attention.h"
-
 #include <stdexcept>
 #include <string>
 
+#include "attention.h"
 #include "attention_tiles.h"
 
 namespace vqkernels::cuda {
@@ -77,7 +76,7 @@ __device__ __forceinline__ void with_mask(Sums<kKeys>& scores, const Attention& 
                   place.key(0, 0) * call.mask_column_stride;
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n, at += 8 * call.mask_column_stride) {
-      float(&pair)[4] = scores[slot / 2][n];
+      float (&pair)[4] = scores[slot / 2][n];
       const int key = place.key(n, 0), first = slot % 2 * 2;
       if (key < call.keys) f(pair[first], at[0]);
       if (key + 1 < call.keys) f(pair[first + 1], at[call.mask_column_stride]);
@@ -244,7 +243,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attend(Attention call) {
     }
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n) {
-      const float(&sums)[4] = out[slot / 2][n];
+      const float (&sums)[4] = out[slot / 2][n];
       const uint32_t pair =
           pair_of<Half>(sums[slot % 2 * 2] * inverse, sums[slot % 2 * 2 + 1] * inverse);
       *reinterpret_cast<uint32_t*>(own + Tile::at(row_of_slot(slot), n) + lane % 4 * 4) = pair;
@@ -272,7 +271,8 @@ void launch_attend(const Attention& problem, const Context& context) {
 
 template <typename Half, int kDim>
 void launch_masked(const Attention& problem, const Context& context) {
-  if (problem.mask_kind == MaskKind::none) return launch_attend<Half, kDim, false>(problem, context);
+  if (problem.mask_kind == MaskKind::none)
+    return launch_attend<Half, kDim, false>(problem, context);
   launch_attend<Half, kDim, true>(problem, context);
 }
 

@@ -60,8 +60,8 @@ __device__ __forceinline__ void copy_pieces(char* to, const char* head, int64_t 
     const int row = begin + i * kStep;
     if (kRows % kStep != 0 && row >= kRows) break;
     const bool inside = first + row < end;
-    cp_async_16(into + i * kStep * Tile::kRowBytes, inside ? from + i * kStep * row_stride * 2 : head,
-                inside ? 16 : 0);
+    cp_async_16(into + i * kStep * Tile::kRowBytes,
+                inside ? from + i * kStep * row_stride * 2 : head, inside ? 16 : 0);
   }
 }
 
@@ -128,7 +128,7 @@ __device__ __forceinline__ void multiply_keys(Sums<kKeys>& scores, const char* q
       for (int n = 0; n < 4; ++n) {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-          float(&sums)[4] = scores[m][four * 4 + n];
+          float (&sums)[4] = scores[m][four * 4 + n];
           mma_1688<Half>(sums, of_rows[m], of_keys[n], sums);
         }
       }
@@ -149,7 +149,7 @@ __device__ __forceinline__ void multiply_values(Sums<kDim>& out, const Sums<kKey
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&from)[4] = weights[m][step * 2 + i / 2];
+        const float (&from)[4] = weights[m][step * 2 + i / 2];
         of_rows[m][i] = pair_of<Half>(from[i % 2 * 2], from[i % 2 * 2 + 1]);
       }
     }

@@ -206,8 +206,8 @@ void mma_16816(bool bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint3
   collective("mma_16816", 0xffffffffu, &brought, multiply, site);
 }
 
-void mma_1688(bool bfloat16, float (&d)[4], const uint32_t (&a)[2], uint32_t b,
-              const float (&c)[4], Site site) {
+void mma_1688(bool bfloat16, float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4],
+              Site site) {
   Fragments brought{bfloat16, 1, d, a, &b, c};
   collective("mma_1688", 0xffffffffu, &brought, multiply, site);
 }

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from _helpers import data
 from attention_calls import attention, check_attention
 from attention_cases import DIMS, make, mask_of, packed
 from cases import Case, cases
@@ -30,9 +29,7 @@ def test_in_every_order(kernels: Emulator, case: Case, order: str) -> None:
 @dtypes
 @dims
 @pytest.mark.parametrize("mask", MASKS)
-def test_masks_of_every_width(
-    plain: CudaCalls, mask: str, dim: int, dtype: torch.dtype
-) -> None:
+def test_masks_of_every_width(plain: CudaCalls, mask: str, dim: int, dtype: torch.dtype) -> None:
     tensors = make(45, 77, dim, dtype, batch=2, heads=2)
     if mask in ("none", "causal"):
         check_attention(plain, *tensors, is_causal=mask == "causal")
@@ -90,7 +87,9 @@ def test_finfo_min_in_a_mask(plain: CudaCalls, dtype: torch.dtype) -> None:
     bias[:, 30:] = least
     bias[3] = least
     out, lse = attention(plain, q, k, v, bias)
-    expected = torch.softmax((q.double() @ k.double().mT / 8)[..., :30], -1) @ v.double()[..., :30, :]
+    expected = (
+        torch.softmax((q.double() @ k.double().mT / 8)[..., :30], -1) @ v.double()[..., :30, :]
+    )
     others = [i for i in range(20) if i != 3]
     eps = torch.finfo(dtype).eps
     assert (out.double() - expected)[..., others, :].abs().max() < 2 * eps
