@@ -259,6 +259,7 @@ def test_compiled_whole(backend: str, dynamic: bool) -> None:
 
 
 def test_kernels_check_what_compiled_code_cannot(native_cpu: None) -> None:
+    torch._dynamo.reset()
     q, k, v = make(((4, 4),), 8)
     compiled = torch.compile(attention_varlen, fullgraph=True, backend="eager")
     starts = torch.tensor([0, 5], dtype=torch.int32)

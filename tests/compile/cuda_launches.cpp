@@ -13,6 +13,7 @@
 #include <map>
 #include <string>
 
+#include "attention.h"
 #include "nearest_code.h"
 #include "peak.h"
 #include "quantize.h"
@@ -156,6 +157,18 @@ int run(char** arguments) {
     problem.keys = nowhere<int32_t>();
     problem.order = nowhere<int64_t>();
     quantize_backward_codebook(problem, context);
+  } else if (op == "attention" || op == "attention_masked") {
+    Attention problem;
+    problem.q = problem.k = problem.v = problem.out = {nowhere<void>()};
+    problem.lse = nowhere<float>();
+    problem.mask = {nowhere<void>()};
+    problem.mask_kind = op == "attention" ? MaskKind::none : MaskKind::additive;
+    problem.dtype = x.dtype;
+    problem.batches = problem.heads = problem.key_heads = 1;
+    problem.queries = int(x.count);
+    problem.keys = int(codebook.count);
+    problem.dim = int(x.width);
+    attention(problem, context);
   } else if (op == "tensor_core_peak") {
     tensor_core_peak(x.dtype, 1, nowhere<float>(), context);
   } else {

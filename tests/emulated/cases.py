@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import attention_cases
 import torch
 from _helpers import data, exact, formulas
 from cuda_calls import HOPPER, SMALL, CudaCalls, Device
@@ -215,4 +216,5 @@ def cases() -> list[Case]:
         _quantize("half", (FP16, FP16), dim=40, metric="cosine", gradient="rotation"),
         _quantize("mixed", (BF16, FP32), dim=17, books=2, rows=90, gradient="none", masked=True),
         Case("book-gradient", _collapsed_book),
+        *(Case(f"attention-{name}", run) for name, run in attention_cases.RUNS.items()),
     ]
