@@ -6,28 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+import modulation_cases
 import torch
 from _helpers import data, exact, formulas
-from cuda_calls import HOPPER, SMALL, CudaCalls, Device
+from cuda_calls import HOPPER, SMALL, Case, CudaCalls, Device
 from torch import Tensor
 
 import vqkernels
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@dataclass(frozen=True)
-class Case:
-    """`run` calls kernels and raises AssertionError where they are wrong."""
-
-    name: str
-    run: Callable[[CudaCalls], None]
-    device: Device = HOPPER
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def check_nearest(calls: CudaCalls, x: Tensor, codebook: Tensor, metric: str, **more) -> Tensor:
@@ -215,4 +203,5 @@ def cases() -> list[Case]:
         _quantize("half", (FP16, FP16), dim=40, metric="cosine", gradient="rotation"),
         _quantize("mixed", (BF16, FP32), dim=17, books=2, rows=90, gradient="none", masked=True),
         Case("book-gradient", _collapsed_book),
+        *modulation_cases.cases(),
     ]

@@ -43,7 +43,7 @@ FLAGS = {
     "asan": (["-O1", *SANITIZERS], ["-O1", *SANITIZERS]),
 }
 SELFTEST = (TESTING / "emulation_selftest.cu",)
-KERNELS = (TESTING / "emulated_ops.cpp", *sorted((CSRC / "cuda").glob("*.cu")))
+KERNELS = (*sorted(TESTING.glob("emulated_*.cpp")), *sorted((CSRC / "cuda").glob("*.cu")))
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 
 

@@ -25,19 +25,6 @@ std::string shape_of(const Tensor& tensor) {
   return "[" + text + "]";
 }
 
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::f32;
-    case ScalarType::Half:
-      return DType::f16;
-    case ScalarType::BFloat16:
-      return DType::bf16;
-    default:
-      throw std::invalid_argument("CUDA kernels take float32, float16 and bfloat16 tensors");
-  }
-}
-
 // The levels of all dimensions but the last and `group_dim`; the labels' stride comes last.
 std::vector<Level> merged(const std::vector<Tensor>& tensors,
                           const std::vector<int64_t>& label_strides, int64_t group_dim) {
@@ -95,6 +82,19 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 }  // namespace
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      throw std::invalid_argument("CUDA kernels take float32, float16 and bfloat16 tensors");
+  }
+}
 
 Grid row_grid(std::vector<Tensor> tensors, bool grouped) {
   const Tensor first = tensors[0];

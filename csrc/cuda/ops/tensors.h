@@ -24,6 +24,9 @@ namespace vqkernels::cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Throws if kernels do not take the tensor's dtype.
+DType dtype_of(const Tensor& tensor);
+
 // The row grid that tensors of one shape share, and their labels with them.
 struct Grid {
   std::vector<Tensor> tensors;  // contiguous copies where strides need more than three levels
