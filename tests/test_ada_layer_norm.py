@@ -18,7 +18,6 @@ from _helpers.modulation import (
     vector,
 )
 from _helpers.precision import assert_rounded_once, forward_and_backward, judge
-from torch import Tensor
 from torch.nn import functional as F
 
 import vqkernels

@@ -45,6 +45,19 @@ struct Normal {
   }
 };
 
+// bias * (1 + scale) + shift.
+template <int kCount>
+__device__ __forceinline__ void load_addend(const Modulate& call, const Tile& tile, int column,
+                                            float (&addend)[kCount]) {
+  load_vector(call.shift, tile, column, addend);
+  if (call.bias.data == nullptr) return;
+  float ones[kCount], bias[kCount];
+  load_factor(call.scale, {}, tile, column, ones);
+  load_vector(call.bias, tile, column, bias);
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) addend[e] = fmaf(bias[e], ones[e], addend[e]);
+}
+
 // Of a row in registers; `column < width` tells which of its pieces there are.
 template <int kPieces, int kCount>
 __device__ __forceinline__ Normal normal_of(const float (&values)[kPieces][kCount],
@@ -71,46 +84,50 @@ __device__ __forceinline__ Normal normal_of(const float (&values)[kPieces][kCoun
   return Normal(mean[0], sums[0], sums[1], call);
 }
 
-template <typename T, typename X, int kPieces, bool kNorm, bool kGated>
+enum Kind { kFactor, kAddend, kGate };  // of vectors in shared memory; a gate alone is the first
+
+template <typename T, int kPieces, bool kNorm, bool kGated>
 __global__ void __launch_bounds__(kMostWarps* kWarp) modulate_rows(Modulate call, Tiles tiles) {
-  constexpr int kCount = kPiece<T>;
+  constexpr int kCount = kPiece<T>, kGateKind = kNorm ? kGate : 0;
   __shared__ RowSums::Slots slots;
+  VQKERNELS_DYNAMIC_SHARED(float, memory);
   RowSums sum_row(slots);
   const Tile tile(tiles, blockIdx.x);
-  const int width = int(call.width);
-  const int first = int(tile.column_block * blockDim.x) * kPieces * kCount;
-  const auto each = [&](const auto& f) { each_piece<kPieces, kCount>(first, width, f); };
+  const int width = int(call.width), most = int(blockDim.x) * kPieces;
+  const int first = int(tile.column_block) * most;
+  const auto each = [&](const auto& f) { each_piece<kPieces, kCount>(first * kCount, width, f); };
 
-  [[maybe_unused]] float factor[kPieces][kCount], addend[kPieces][kCount], gate[kPieces][kCount];
-  each([&](int i, int column) {
-    if constexpr (kGated) load_vector(call.gate, tile, column, gate[i]);
-    if constexpr (kNorm) {
-      float ones[kCount];
-      load_factor(call.scale, call.weight, tile, column, ones, factor[i]);
-      load_vector(call.shift, tile, column, addend[i]);
-      if (call.bias.data != nullptr) {
-        float bias[kCount];
-        load_vector(call.bias, tile, column, bias);
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) addend[i][e] = fmaf(bias[e], ones[e], addend[i][e]);
-      }
-    }
-  });
+  SharedVectors<kCount> vectors(memory, first, width, most);
+  if constexpr (kNorm) {
+    vectors.fill(kFactor, [&](int column, float (&factor)[kCount]) {
+      load_factor(call.scale, call.weight, tile, column, factor);
+    });
+    vectors.fill(kAddend, [&](int column, float (&addend)[kCount]) {
+      load_addend(call, tile, column, addend);
+    });
+  }
+  if constexpr (kGated) {
+    vectors.fill(kGateKind, [&](int column, float (&gate)[kCount]) {
+      load_vector(call.gate, tile, column, gate);
+    });
+  }
+  __syncthreads();
 
   for (unsigned token = tile.begin + threadIdx.y; token < tile.end; token += blockDim.y) {
     float values[kPieces][kCount];
     const T* x = row_of<T>(call.x, tile.sample, token);
     each([&](int i, int column) { load(x + column, values[i]); });
     if constexpr (kGated) {
-      float branches[kPieces][kCount];
-      const X* branch = row_of<X>(call.branch, tile.sample, token);
-      each([&](int i, int column) { load(branch + column, branches[i]); });
+      Packed<T, kCount> branches[kPieces];
+      load_branch<T>(call.branch, tile.sample, token, each, branches);
       T* stream = row_of<T>(call.stream, tile.sample, token);
       each([&](int i, int column) {
+        float gate[kCount];
+        vectors.read(kGateKind, i, gate);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
           // The rounded sum: what a reader of the stream normalizes.
-          const float sum = fmaf(gate[i][e], branches[i][e], values[i][e]);
+          const float sum = fmaf(gate[e], element(branches[i].values[e]), values[i][e]);
           values[i][e] = element(rounded<T>(sum));
         }
         store(stream + column, values[i]);
@@ -121,9 +138,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarp) modulate_rows(Modulate call
       if (threadIdx.x == 0) normal.store(call, tile.sample, token);
       T* out = row_of<T>(call.out, tile.sample, token);
       each([&](int i, int column) {
+        float factor[kCount], addend[kCount];
+        vectors.read(kFactor, i, factor);
+        vectors.read(kAddend, i, addend);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          values[i][e] = fmaf(normal.normed(values[i][e]), factor[i][e], addend[i][e]);
+          values[i][e] = fmaf(normal.normed(values[i][e]), factor[e], addend[e]);
         }
         store(out + column, values[i]);
       });
@@ -196,7 +216,7 @@ int64_t tile_rows(int64_t rows, int64_t groups, const Context& context) {
   return groups * std::clamp<int64_t>(of_group, 1, kMostTile);
 }
 
-template <typename T, typename X, bool kNorm, bool kGated>
+template <typename T, bool kNorm, bool kGated>
 void launch_rows(const Modulate& call, int64_t span, const Context& context) {
   const int64_t pieces = call.width / kPiece<T>;
   constexpr int kMost = kNorm ? kMostPieces<T> : kGatePieces;
@@ -207,10 +227,12 @@ void launch_rows(const Modulate& call, int64_t span, const Context& context) {
   Tiles tiles(call.batch, call.tokens, span, tile_rows(rows, groups, context));
   if (!kNorm) tiles.column_blocks = blocks_for(pieces, share.warps * kWarp * kGatePieces);
   const dim3 grid(tiles.count * tiles.column_blocks), block(share.warps * kWarp, groups);
+  const int64_t shared = SharedVectors<kPiece<T>>::bytes(
+      2 * kNorm + kGated, std::min<int64_t>(pieces, share.warps * kWarp * share.pieces));
   with_count<kMost>(share.pieces, [&](auto count) {
     constexpr int kPieces = decltype(count)::value;
     if constexpr (kNorm || kPieces == kGatePieces) {
-      VQKERNELS_LAUNCH((modulate_rows<T, X, kPieces, kNorm, kGated>), grid, block, 0,
+      VQKERNELS_LAUNCH((modulate_rows<T, kPieces, kNorm, kGated>), grid, block, shared,
                        context.stream)
       (call, tiles);
     }
@@ -226,9 +248,7 @@ void modulate(const Modulate& problem, const Context& context) {
   mark_packed({&call.gate, &call.shift, &call.scale, &call.weight, &call.bias}, count);
   const int64_t span = span_of({&call.gate, &call.shift, &call.scale});
   const bool gated = call.branch.data != nullptr, normalized = call.out.data != nullptr;
-  const int most = count == kPiece<float> ? kMostPieces<float> : kMostPieces<__half>;
-  const bool fits = share_of(call.width / count, most).warps <= kMostWarps;
-  if (call.width % count != 0 || (normalized && !fits) ||
+  if (call.width % count != 0 || (normalized && call.width > kMostColumns) ||
       !is_held_pair(call.x.dtype, call.branch) ||
       !are_packed({&call.x, &call.branch, &call.stream, &call.out}, count)) {
     const Tiles tiles(call.batch, call.tokens, span, 1);
@@ -237,12 +257,11 @@ void modulate(const Modulate& problem, const Context& context) {
     (call, tiles);
     return;
   }
-  with_stream(call.x.dtype, call.branch, [&](auto stream, auto branch) {
-    using T = typename decltype(stream)::type;
-    using X = typename decltype(branch)::type;
-    if (normalized && gated) return launch_rows<T, X, true, true>(call, span, context);
-    if (gated) return launch_rows<T, X, false, true>(call, span, context);
-    if constexpr (std::is_same_v<T, X>) launch_rows<T, T, true, false>(call, span, context);
+  with_type(call.x.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (normalized && gated) return launch_rows<T, true, true>(call, span, context);
+    if (gated) return launch_rows<T, false, true>(call, span, context);
+    launch_rows<T, true, false>(call, span, context);
   });
 }
 

@@ -32,8 +32,10 @@ struct ChunkSums {
 };
 
 // Adds up what the groups of a block summed, in order, and stores it as row `chunk` of `to`.
+// `of_groups`: shared memory for `[groups, columns of the block]`.
 template <int kPieces, int kCount>
-__device__ __forceinline__ void store_sums(const Results& to, unsigned chunk, int first, int width,
+__device__ __forceinline__ void store_sums(const Results& to, float* of_groups, unsigned chunk,
+                                           int first, int width,
                                            const float (&sums)[kPieces][kCount]) {
   const int64_t row = int64_t(chunk) * width;
   if (blockDim.y == 1) {
@@ -47,9 +49,8 @@ __device__ __forceinline__ void store_sums(const Results& to, unsigned chunk, in
     });
     return;
   }
-  VQKERNELS_DYNAMIC_SHARED(float, of_groups);  // [groups, columns of the block]
   const int columns = int(blockDim.x) * kPieces * kCount;
-  __syncthreads();  // until nobody reads the sums before these
+  __syncthreads();  // until nobody reads what was there before
   each_piece<kPieces, kCount>(0, width - first, [&](int i, int column) {
     store(of_groups + threadIdx.y * columns + column, sums[i]);
   });
@@ -64,32 +65,38 @@ __device__ __forceinline__ void store_sums(const Results& to, unsigned chunk, in
   }
 }
 
-template <typename T, typename X, int kPieces, bool kNorm, bool kGated>
+template <typename T, int kPieces, bool kNorm, bool kGated>
 __global__ void __launch_bounds__(kBackwardWarps* kWarp)
     modulate_rows_backward(ModulateBackward call, Tiles tiles, ChunkSums to) {
-  constexpr int kCount = kPiece<T>;
+  constexpr int kCount = kPiece<T>, kFactor = 0, kGate = kNorm;
   __shared__ RowSums::Slots slots;
+  VQKERNELS_DYNAMIC_SHARED(float, memory);
   RowSums sum_row(slots);
   const Tile tile(tiles, blockIdx.x);
-  const int width = int(call.width);
-  const int first = int(tile.column_block * blockDim.x) * kPieces * kCount;
-  const auto each = [&](const auto& f) { each_piece<kPieces, kCount>(first, width, f); };
+  const int width = int(call.width), most = int(blockDim.x) * kPieces;
+  const int first = int(tile.column_block) * most;
+  const auto each = [&](const auto& f) { each_piece<kPieces, kCount>(first * kCount, width, f); };
 
-  [[maybe_unused]] float factor[kPieces][kCount], gate[kPieces][kCount];
-  each([&](int i, int column) {
-    if constexpr (kGated) load_vector(call.gate, tile, column, gate[i]);
-    if constexpr (kNorm) {
-      float ones[kCount];
-      load_factor(call.scale, call.weight, tile, column, ones, factor[i]);
-    }
-  });
+  SharedVectors<kCount> vectors(memory, first, width, most);
+  if constexpr (kNorm) {
+    vectors.fill(kFactor, [&](int column, float (&factor)[kCount]) {
+      load_factor(call.scale, call.weight, tile, column, factor);
+    });
+  }
+  if constexpr (kGated) {
+    vectors.fill(kGate, [&](int column, float (&gate)[kCount]) {
+      load_vector(call.gate, tile, column, gate);
+    });
+  }
+  __syncthreads();
 
   [[maybe_unused]] float of_grads[kPieces][kCount] = {}, of_normed[kPieces][kCount] = {};
   [[maybe_unused]] float of_gates[kPieces][kCount] = {};
   for (unsigned token = tile.begin + threadIdx.y; token < tile.end; token += blockDim.y) {
     float grads[kPieces][kCount];
-    [[maybe_unused]] float normed[kPieces][kCount], passed[kPieces][kCount];
-    [[maybe_unused]] float branches[kPieces][kCount];
+    [[maybe_unused]] float normed[kPieces][kCount];
+    [[maybe_unused]] Packed<T, kCount> passed[kPieces];
+    [[maybe_unused]] Packed<T, kCount> branches[kPieces];
     const T* grad = row_of<T>(call.grad, tile.sample, token);
     each([&](int i, int column) { load(grad + column, grads[i]); });
     if constexpr (kNorm) {
@@ -97,26 +104,27 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
       each([&](int i, int column) { load(x + column, normed[i]); });
     }
     if constexpr (kGated) {
-      const X* branch = row_of<X>(call.branch, tile.sample, token);
-      each([&](int i, int column) { load(branch + column, branches[i]); });
+      load_branch<T>(call.branch, tile.sample, token, each, branches);
     }
     if constexpr (kNorm) {
       if (call.passed.data != nullptr) {
         const T* from = row_of<T>(call.passed, tile.sample, token);
-        each([&](int i, int column) { load(from + column, passed[i]); });
+        each([&](int i, int column) { passed[i] = load_packed<kCount>(from + column); });
       }
       const float* statistics = call.statistics + 2 * (tile.sample * call.tokens + token);
       const float mean = statistics[0], inverse = statistics[1];
       float along[2] = {0, 0};  // of h and of h n
       each([&](int i, int) {
+        float factor[kCount];
+        vectors.read(kFactor, i, factor);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
           normed[i][e] = (normed[i][e] - mean) * inverse;
-          const float h = grads[i][e] * factor[i][e];
-          along[0] += h;
-          along[1] = fmaf(h, normed[i][e], along[1]);
           of_grads[i][e] += grads[i][e];
           of_normed[i][e] = fmaf(grads[i][e], normed[i][e], of_normed[i][e]);
+          grads[i][e] *= factor[e];  // h
+          along[0] += grads[i][e];
+          along[1] = fmaf(grads[i][e], normed[i][e], along[1]);
         }
       });
       sum_row(along);
@@ -126,30 +134,36 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
       each([&](int i, int column) {
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          const float h = grads[i][e] * factor[i][e];
-          grads[i][e] = fmaf(normed[i][e], -slope, h - constant) * inverse;
-          if (call.passed.data != nullptr) grads[i][e] += passed[i][e];
+          grads[i][e] = fmaf(normed[i][e], -slope, grads[i][e] - constant) * inverse;
+          if (call.passed.data != nullptr) grads[i][e] += element(passed[i].values[e]);
         }
         store(grad_x + column, grads[i]);
       });
     }
     if constexpr (kGated) {
-      X* grad_branch = row_of<X>(call.grad_branch, tile.sample, token);
-      each([&](int i, int column) {
+      each([&](int i, int) {
+        float gate[kCount];
+        vectors.read(kGate, i, gate);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          of_gates[i][e] = fmaf(grads[i][e], branches[i][e], of_gates[i][e]);
-          grads[i][e] *= gate[i][e];
+          of_gates[i][e] = fmaf(grads[i][e], element(branches[i].values[e]), of_gates[i][e]);
+          grads[i][e] *= gate[e];
         }
-        store(grad_branch + column, grads[i]);
+      });
+      on_branch<T>(call.branch, [&](auto type) {
+        using X = typename decltype(type)::type;
+        X* grad_branch = row_of<X>(call.grad_branch, tile.sample, token);
+        each([&](int i, int column) { store(grad_branch + column, grads[i]); });
       });
     }
   }
   if constexpr (kNorm) {
-    store_sums(to.grads, tile.index, first, width, of_grads);
-    store_sums(to.normed, tile.index, first, width, of_normed);
+    store_sums(to.grads, memory, tile.index, first * kCount, width, of_grads);
+    store_sums(to.normed, memory, tile.index, first * kCount, width, of_normed);
   }
-  if constexpr (kGated) store_sums(to.gates, tile.index, first, width, of_gates);
+  if constexpr (kGated) {
+    store_sums(to.gates, memory, tile.index, first * kCount, width, of_gates);
+  }
 }
 
 // Element by element, of any types: a block a chunk; all its rows first for the sums along them,
@@ -232,7 +246,7 @@ int64_t chunk_rows(int64_t span, int64_t spans) {
   return chunk;
 }
 
-template <typename T, typename X, bool kNorm, bool kGated>
+template <typename T, bool kNorm, bool kGated>
 void launch_rows(const ModulateBackward& call, Tiles tiles, const ChunkSums& to,
                  const Context& context) {
   const int64_t pieces = call.width / kPiece<T>;
@@ -242,12 +256,15 @@ void launch_rows(const ModulateBackward& call, Tiles tiles, const ChunkSums& to,
   const unsigned groups = share.warps > 1 ? 1 : std::min(unsigned(kMostGroups), tiles.rows);
   const int64_t columns = int64_t(share.warps) * kWarp * share.pieces * kPiece<T>;
   if (!kNorm) tiles.column_blocks = blocks_for(call.width, columns);
-  const size_t shared = groups > 1 ? groups * columns * sizeof(float) : 0;
+  const int64_t of_vectors = SharedVectors<kPiece<T>>::bytes(
+      kNorm + kGated, std::min<int64_t>(pieces, share.warps * kWarp * share.pieces));
+  const int64_t of_groups = groups > 1 ? groups * columns * int64_t(sizeof(float)) : 0;
+  const int64_t shared = std::max(of_vectors, of_groups);
   const dim3 grid(tiles.count * tiles.column_blocks), block(share.warps * kWarp, groups);
   with_count<kMost>(share.pieces, [&](auto count) {
     constexpr int kPieces = decltype(count)::value;
     if constexpr (kNorm || kPieces == kGatePieces) {
-      VQKERNELS_LAUNCH((modulate_rows_backward<T, X, kPieces, kNorm, kGated>), grid, block, shared,
+      VQKERNELS_LAUNCH((modulate_rows_backward<T, kPieces, kNorm, kGated>), grid, block, shared,
                        context.stream)
       (call, tiles, to);
     }
@@ -270,12 +287,11 @@ void launch_backward(const ModulateBackward& call, const Tiles& tiles, const Chu
     (call, tiles, to);
     return;
   }
-  with_stream(call.grad.dtype, call.branch, [&](auto stream, auto branch) {
-    using T = typename decltype(stream)::type;
-    using X = typename decltype(branch)::type;
-    if (normalized && gated) return launch_rows<T, X, true, true>(call, tiles, to, context);
-    if (gated) return launch_rows<T, X, false, true>(call, tiles, to, context);
-    if constexpr (std::is_same_v<T, X>) launch_rows<T, T, true, false>(call, tiles, to, context);
+  with_type(call.grad.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (normalized && gated) return launch_rows<T, true, true>(call, tiles, to, context);
+    if (gated) return launch_rows<T, false, true>(call, tiles, to, context);
+    launch_rows<T, true, false>(call, tiles, to, context);
   });
 }
 

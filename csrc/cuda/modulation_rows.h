@@ -5,7 +5,8 @@
 // threadIdx.y, which are whole warps; more than one warp means one row at a time a block.
 //
 // A *span* is the longest run of tokens that share every vector of a call. A block works on a tile
-// of one span, and so reads each vector once for all its rows.
+// of one span: it puts the vectors into shared memory, as floats, once for all its rows. Registers
+// that held them would halve the warps, and with them the bytes under way.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +18,9 @@
 
 namespace vqkernels::cuda {
 
-constexpr int kMostWarps = 16;  // of a row
-constexpr int kMostGroups = 4;  // rows side by side, where a warp takes a row
+constexpr int kMostWarps = 16;      // of a row
+constexpr int kMostColumns = 8192;  // three vectors of floats fit every GPU's shared memory
+constexpr int kMostGroups = 4;      // rows side by side, where a warp takes a row
 
 // Neighbouring elements, read at once.
 template <typename T, int kCount>
@@ -29,9 +31,14 @@ struct alignas(std::min(size_t(16), sizeof(T) * kCount)) Packed {
 template <typename T>
 constexpr int kPiece = 16 / int(sizeof(T));
 
+template <int kCount, typename T>
+__device__ __forceinline__ Packed<T, kCount> load_packed(const T* from) {
+  return *reinterpret_cast<const Packed<T, kCount>*>(from);
+}
+
 template <typename T, int kCount>
 __device__ __forceinline__ void load(const T* from, float (&values)[kCount]) {
-  const auto packed = *reinterpret_cast<const Packed<T, kCount>*>(from);
+  const auto packed = load_packed<kCount>(from);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) values[e] = element(packed.values[e]);
 }
@@ -107,6 +114,34 @@ __device__ __forceinline__ T* row_of(const Tokens& tokens, unsigned sample, unsi
   return static_cast<T*>(tokens.data) + place(tokens, sample, token);
 }
 
+// Calls f with the Type of a branch's elements: the stream's, or any beside a float stream.
+template <typename T, typename F>
+__device__ __forceinline__ void on_branch(const Tokens& branch, const F& f) {
+  if constexpr (std::is_same_v<T, float>) {
+    on_type(branch.dtype, f);
+  } else {
+    f(Type<T>());
+  }
+}
+
+// Pieces of a branch's row, as the stream's type holds them without loss.
+template <typename T, int kPieces, typename Each>
+__device__ __forceinline__ void load_branch(const Tokens& branch, unsigned sample, unsigned token,
+                                            const Each& each,
+                                            Packed<T, kPiece<T>> (&pieces)[kPieces]) {
+  on_branch<T>(branch, [&](auto type) {
+    using X = typename decltype(type)::type;
+    const X* from = row_of<X>(branch, sample, token);
+    each([&](int i, int column) {
+      if constexpr (std::is_same_v<T, X>) {
+        pieces[i] = load_packed<kPiece<T>>(from + column);
+      } else {
+        load(from + column, pieces[i].values);
+      }
+    });
+  });
+}
+
 // Where the vector begins that serves a tile.
 __device__ __forceinline__ int64_t place(const Vectors& vectors, const Tile& tile) {
   return tile.sample * vectors.strides[0] +
@@ -129,14 +164,13 @@ __device__ __forceinline__ void load_vector(const Vectors& vectors, const Tile& 
   });
 }
 
-// (1 + scale) * weight; `ones` is 1 + scale.
+// (1 + scale) * weight.
 template <int kCount>
 __device__ __forceinline__ void load_factor(const Vectors& scale, const Vectors& weight,
-                                            const Tile& tile, int column, float (&ones)[kCount],
-                                            float (&factor)[kCount]) {
-  load_vector(scale, tile, column, ones);
+                                            const Tile& tile, int column, float (&factor)[kCount]) {
+  load_vector(scale, tile, column, factor);
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) factor[e] = ones[e] += 1.0f;
+  for (int e = 0; e < kCount; ++e) factor[e] += 1.0f;
   if (weight.data == nullptr) return;
   float weights[kCount];
   load_vector(weight, tile, column, weights);
@@ -153,6 +187,51 @@ __device__ __forceinline__ void each_piece(int first, int width, const F& f) {
     if (column < width) f(i, column);
   }
 }
+
+// A block's part of the vectors of a tile, as floats in dynamic shared memory. A piece lies there
+// in parts of four floats, each kind and part by itself: neighbours read neighbouring 16 bytes.
+template <int kCount>
+class SharedVectors {
+ public:
+  // Of the pieces from `first` on, as many as the block's threads hold.
+  __device__ SharedVectors(float* memory, int first, int width, int most)
+      : memory_(memory), first_(first), pieces_(min(most, width / kCount - first)) {}
+
+  // Lets f(column, values) fill a vector: from the column on, as many as a piece has.
+  template <typename F>
+  __device__ __forceinline__ void fill(int kind, const F& f) {
+    const int threads = blockDim.x * blockDim.y;
+#pragma unroll 1
+    for (int piece = threadIdx.y * blockDim.x + threadIdx.x; piece < pieces_; piece += threads) {
+      float values[kCount];
+      f((first_ + piece) * kCount, values);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) place(kind, piece, e)[e % 4] = values[e];
+    }
+  }
+
+  // This thread's piece i.
+  __device__ __forceinline__ void read(int kind, int i, float (&values)[kCount]) const {
+    const int piece = i * blockDim.x + threadIdx.x;
+#pragma unroll
+    for (int e = 0; e < kCount; e += 4) {
+      const auto part = load_packed<4>(place(kind, piece, e));
+      for (int k = 0; k < 4; ++k) values[e + k] = part.values[k];
+    }
+  }
+
+  static int64_t bytes(int kinds, int64_t pieces) {
+    return kinds * pieces * kCount * int64_t(sizeof(float));
+  }
+
+ private:
+  __device__ __forceinline__ float* place(int kind, int piece, int element) const {
+    return memory_ + ((kind * (kCount / 4) + element / 4) * pieces_ + piece) * 4;
+  }
+
+  float* memory_;
+  int first_, pieces_;
+};
 
 // Sums over the threads of a row, the same in each of them. Two sets of slots take turns, so that
 // one barrier a sum is enough.
@@ -237,18 +316,6 @@ void with_count(int count, const F& f) {
 // Kernels hold branches of the stream's dtype, and any beside a float stream.
 inline bool is_held_pair(DType stream, const Tokens& branch) {
   return branch.data == nullptr || branch.dtype == stream || stream == DType::f32;
-}
-
-// Calls f with the types of the stream and the branch.
-template <typename F>
-void with_stream(DType stream, const Tokens& branch, const F& f) {
-  with_type(stream, [&](auto type) {
-    using T = typename decltype(type)::type;
-    if constexpr (std::is_same_v<T, float>) {
-      if (branch.data != nullptr) return with_type(branch.dtype, [&](auto of) { f(type, of); });
-    }
-    f(type, type);
-  });
 }
 
 }  // namespace vqkernels::cuda

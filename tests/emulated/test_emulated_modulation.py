@@ -88,7 +88,9 @@ def test_what_is_no_number_stays_in_its_row(plain: CudaCalls, dim: int) -> None:
     broken = forward_and_backward(
         modulation_calls.fused(plain, "layer"), (residual, x, *vectors), grads
     )
-    for name, before, after in zip("normed stream residual x".split(), good, broken, strict=False):
+    for name, before, after in zip(
+        ["normed", "stream", "residual", "x"], good, broken, strict=False
+    ):
         kept = [0, 2, 3, 5]
         assert torch.equal(before[:, kept], after[:, kept]), name
     assert broken[0][0, [1, 4]].isnan().all()
