@@ -39,13 +39,10 @@ __device__ __forceinline__ void store_sums(const Results& to, float* of_groups, 
                                            const float (&sums)[kPieces][kCount]) {
   const int64_t row = int64_t(chunk) * width;
   if (blockDim.y == 1) {
-    each_piece<kPieces, kCount>(first, width, [&](int i, int column) {
-      if (to.dtype == DType::f32) {
-        store(static_cast<float*>(to.data) + row + column, sums[i]);
-      } else {
-        for (int e = 0; e < kCount; ++e)
-          set_element(to.data, to.dtype, row + column + e, sums[i][e]);
-      }
+    on_type(to.dtype, [&](auto type) {
+      auto* sums_of_chunk = static_cast<typename decltype(type)::type*>(to.data) + row;
+      each_piece<kPieces, kCount>(
+          first, width, [&](int i, int column) { store(sums_of_chunk + column, sums[i]); });
     });
     return;
   }
