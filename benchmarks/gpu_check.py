@@ -45,6 +45,7 @@ class Stage:
 
 
 def stages(dry: bool) -> tuple[Stage, ...]:
+    from .gpu.attention import ATTENTION
     from .gpu.cases import CASES, FP32, HALF, LAUNCHES, QUANTIZER, SMALL
     from .gpu.modulation import MODULATION
     from .gpu.worker import SANITIZERS, test_items
@@ -65,6 +66,7 @@ def stages(dry: bool) -> tuple[Stage, ...]:
         Stage(LAUNCHES, "the CUDA search, launched in every way", cases(LAUNCHES), 120),
         Stage(QUANTIZER, "quantize with gradients, a training step", cases(QUANTIZER), 150),
         Stage(MODULATION, "adaLN, gates and GELU, with gradients", cases(MODULATION), 150),
+        Stage(ATTENTION, "attention, with gradients", cases(ATTENTION), 150),
         Stage("report", "the table", (), 0),
     )
 

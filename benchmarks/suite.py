@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import (
     bench_attention,
+    bench_dit_block,
     bench_modulation,
     bench_nearest_code,
     bench_qk_norm_rope,
@@ -17,6 +18,7 @@ CASES: tuple[Case, ...] = (
     *bench_modulation.CASES,
     *bench_attention.CASES,
     *bench_qk_norm_rope.CASES,
+    *bench_dit_block.CASES,
 )
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import re
 import shutil
 import subprocess
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vqkernels
 from vqkernels import backends, explain, native, nearest_code, quantize, selection, use_backend
+
+attention_op = importlib.import_module("vqkernels.ops.attention")
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_native = pytest.mark.skipif(native.problem is not None, reason=str(native.problem))
@@ -263,6 +268,72 @@ def test_the_choice_is_a_constant_of_a_compiled_function(gpu: Callable[..., None
         compiled(*on_gpu(65536, 512, 64, torch.float16))
     torch._dynamo.reset()
     assert chosen == ["triton"]
+
+
+def heads_on_gpu(dim: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    of = [torch.empty(1, 2, 8, d, dtype=dtype, device="cuda") for d in (dim, dim, columns)]
+    return of[0], of[1], of[2]
+
+
+def test_triton_is_the_first_choice_for_attention(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(90)
+    tensors = heads_on_gpu(72, 72, torch.bfloat16)
+    assert backends.select("attention", *tensors) == "triton"
+    found = explain("attention", *tensors)
+    assert found.backend == "triton"
+    assert found.reasons["cuda"] == "could serve the call"
+    with use_backend("cuda"):
+        assert backends.select("attention", *tensors) == "cuda"
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", False)
+    backends._chosen.clear()
+    assert backends.select("attention", *tensors) == "cuda"
+    assert backends.select("attention", *heads_on_gpu(40, 40, torch.bfloat16)) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("dim", "columns", "dtype", "reason"),
+    [
+        (88, 88, torch.float16, r"64, 72, 80, 96, 128 columns, got 88 of q and 88 of v"),
+        (64, 128, torch.bfloat16, r"columns, got 64 of q and 128 of v"),
+        (64, 64, torch.float32, r"take float16 and bfloat16, got torch.float32"),
+    ],
+)
+def test_what_cuda_attention_refuses(
+    gpu: Callable[..., None], dim: int, columns: int, dtype: torch.dtype, reason: str
+) -> None:
+    gpu(90)
+    tensors = heads_on_gpu(dim, columns, dtype)
+    assert backends.select("attention", *tensors) == "triton"
+    assert re.search(reason, explain("attention", *tensors).reasons["cuda"])
+    with use_backend("cuda"), pytest.raises(ValueError, match=reason):
+        backends.select("attention", *tensors)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_gradients_of_cuda_attention_are_of_another_backend(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    gpu(90)
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", installed)
+    called: list[str] = []
+
+    def spy(*arguments: object) -> tuple[Tensor, ...]:
+        called.append(str(arguments[-1]))
+        return tensors
+
+    monkeypatch.setattr(attention_op, "_attention_backward", spy)
+    tensors = heads_on_gpu(64, 64, torch.float16)
+    q = tensors[0]
+    context = types.SimpleNamespace(
+        saved_tensors=(*tensors, q, q, None),
+        is_causal=False,
+        scale=0.125,
+        backend="cuda",
+    )
+    attention_op._backward(context, q, None)
+    assert called == ["triton" if installed else "reference"]
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,12 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "quantize": ("cpu", "triton", "cuda"),
     "ema_update": ("cpu",),
     "timestep_embedding": ("cpu", "triton"),
-    "ada_layer_norm": ("cpu", "triton"),
-    "gated_residual": ("cpu", "triton"),
-    "gated_residual_ada_layer_norm": ("cpu", "triton"),
+    "ada_layer_norm": ("cpu", "triton", "cuda"),
+    "gated_residual": ("cpu", "triton", "cuda"),
+    "gated_residual_ada_layer_norm": ("cpu", "triton", "cuda"),
     "bias_gelu": ("cpu", "triton"),
     "qk_norm_rope": ("cpu", "triton"),
-    "attention": ("cpu", "triton"),
+    "attention": ("cpu", "triton", "cuda"),
     # Made of ops above, which choose for themselves.
     "modulated_attention": ("cpu", "triton"),
     "modulated_mlp": ("cpu", "triton"),
@@ -50,6 +50,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "reference"),
 }
 _OLDEST_CAPABILITY = 80
+# Columns of q, k and v that the CUDA C++ attention is compiled for (csrc/cuda/attention.cu).
+CUDA_ATTENTION_DIMS = (64, 72, 80, 96, 128)
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
@@ -113,6 +115,10 @@ def _gpu_call(op: str, tensors: Sequence[Tensor | None]) -> GpuCall | None:
     for tensor in tensors:
         if tensor is not None:
             capability = _capability(tensor.device.index)
+            if op == "attention" and len(tensors) > 2:
+                q, _, v = tensors[:3]
+                if q is not None and v is not None:
+                    return GpuCall(capability, q.shape[-1], value_dim=v.shape[-1])
             if op not in selection.OPS or tensor.dim() == 0:
                 return GpuCall(capability)
             dim = tensor.shape[-1]
@@ -172,6 +178,20 @@ def why_not(
     for dtype in dtypes:
         if dtype not in _KERNEL_DTYPES:
             return f"its kernels take float32, float16 and bfloat16, got {dtype}"
+    if backend == "cuda" and op == "attention":
+        return _why_no_cuda_attention(dtypes, gpu)
+    return None
+
+
+def _why_no_cuda_attention(dtypes: tuple[torch.dtype, ...], gpu: GpuCall | None) -> str | None:
+    if torch.float32 in dtypes:
+        return "its kernels take float16 and bfloat16, got torch.float32"
+    if gpu is not None and not (gpu.dim == gpu.value_dim and gpu.dim in CUDA_ATTENTION_DIMS):
+        dims = ", ".join(map(str, CUDA_ATTENTION_DIMS))
+        return (
+            f"its kernels take q, k and v of {dims} columns, got {gpu.dim} of q and "
+            f"{gpu.value_dim} of v"
+        )
     return None
 
 

@@ -21,12 +21,14 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 class GpuCall(NamedTuple):
     """What of a call on a GPU matters: the compute capability as 10 * major + minor, D, whether x
-    has at most `FEW_ROWS` rows, and whether a book has at least `LARGE_BOOK` codes."""
+    has at most `FEW_ROWS` rows, and whether a book has at least `LARGE_BOOK` codes. Of attention D
+    is d, and `value_dim` e."""
 
     capability: int
     dim: int = 0
     few_rows: bool = False
     large_book: bool = False
+    value_dim: int = 0
 
 
 @dataclass(frozen=True)

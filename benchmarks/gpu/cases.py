@@ -29,6 +29,8 @@ from benchmarks.case import OURS, Check, Provider, Variant
 from benchmarks.checks import check_indices
 from benchmarks.shapes import CodebookShape, codebook_shape
 
+from .attention import CASES as ATTENTION_CASES
+from .attention import AttentionCase
 from .device import Device, our_backends
 from .modulation import CASES as MODULATION_CASES
 from .modulation import ModulationCase
@@ -295,7 +297,7 @@ def _bind_eager(problem: Lookup) -> Callable[[], Tensor]:
     return call
 
 
-Case = LookupCase | StepCase | ModulationCase
+Case = LookupCase | StepCase | ModulationCase | AttentionCase
 
 
 def _shrunk(row: CodebookShape) -> CodebookShape:
@@ -364,7 +366,7 @@ def _all(name: str) -> list[CodebookShape]:
     return [row for row in CODEBOOK_SHAPES if row.name == name]
 
 
-CASES: tuple[Case, ...] = (*_lookups(), *MODULATION_CASES)
+CASES: tuple[Case, ...] = (*_lookups(), *MODULATION_CASES, *ATTENTION_CASES)
 
 
 def find_case(key: str) -> Case:

@@ -42,6 +42,24 @@ __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
+// Two halves as a register of a tensor-core operand has them, the first one low.
+template <typename Half>
+__device__ __forceinline__ uint32_t pair_of(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pair_of<__half>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t pair_of<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
 // Where row `row` of book `book` lies, in elements. Evenly spaced rows cost no division.
 __device__ __forceinline__ int64_t place(const int64_t (&strides)[3], int64_t book_stride,
                                          int64_t middle, int64_t inner, int book, int row) {

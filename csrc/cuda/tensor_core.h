@@ -5,6 +5,8 @@
 //   a[0], a[1]: rows g, g + 8 at columns 2t, 2t + 1;   a[2], a[3]: the same at columns + 8
 //   b[0], b[1]: rows 2t, 2t + 1 and those + 8 of column g
 //   c, d:       [0], [1]: row g at columns 2t, 2t + 1;  [2], [3]: row g + 8
+//
+// mma_1688 has half the columns of A and rows of B: a[0], a[1] and b alone.
 #pragma once
 
 #include "language.h"
@@ -41,6 +43,37 @@ __device__ __forceinline__ void mma_16816<__nv_bfloat16>(float (&d)[4], const ui
         "f"(c[2]), "f"(c[3]));
 }
 
+template <typename Half>
+__device__ __forceinline__ void mma_1688(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
+                                         const float (&c)[4]);
+
+template <>
+__device__ __forceinline__ void mma_1688<__half>(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
+                                                 const float (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+template <>
+__device__ __forceinline__ void mma_1688<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[2],
+                                                        uint32_t b, const float (&c)[4]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// 2^x, within 2^-22 of it; what is below the smallest normal float becomes zero.
+__device__ __forceinline__ float exp2_approximate(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 // Loads four 8x8 tiles of halves: lane l gives the address of row l % 8 of tile l / 8, and gets
 // in r[i] of tile i the columns 2t and 2t + 1 of row g.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
@@ -55,6 +88,23 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared
 __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
+}
+
+// The same, and each lane gets of tile i the rows 2t and 2t + 1 of column g.
+__device__ __forceinline__ void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* shared_row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_x2_transposed(uint32_t (&r)[2], const void* shared_row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
                : "=r"(r[0]), "=r"(r[1])
                : "r"(address)
                : "memory");
@@ -221,6 +271,18 @@ inline void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)
   emulation::mma_16816(std::is_same_v<Half, __nv_bfloat16>, d, a, b, c, site);
 }
 
+template <typename Half>
+inline void mma_1688(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4],
+                     emulation::Site site = emulation::Site::here()) {
+  static_assert(std::is_same_v<Half, __half> || std::is_same_v<Half, __nv_bfloat16>);
+  emulation::mma_1688(std::is_same_v<Half, __nv_bfloat16>, d, a, b, c, site);
+}
+
+inline float exp2_approximate(float x) {
+  const float power = std::exp2(x);
+  return power < 0x1p-126f ? 0.0f : power;
+}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row,
                         emulation::Site site = emulation::Site::here()) {
   emulation::ldmatrix(r, 4, shared_row, site);
@@ -229,6 +291,16 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row,
 inline void ldmatrix_x2(uint32_t (&r)[2], const void* shared_row,
                         emulation::Site site = emulation::Site::here()) {
   emulation::ldmatrix(r, 2, shared_row, site);
+}
+
+inline void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* shared_row,
+                                   emulation::Site site = emulation::Site::here()) {
+  emulation::ldmatrix_transposed(r, 4, shared_row, site);
+}
+
+inline void ldmatrix_x2_transposed(uint32_t (&r)[2], const void* shared_row,
+                                   emulation::Site site = emulation::Site::here()) {
+  emulation::ldmatrix_transposed(r, 2, shared_row, site);
 }
 
 inline void cp_async_16(void* shared, const void* global, int source_bytes = 16,

@@ -90,8 +90,11 @@ void collective(const char* name, uint32_t mask, void* brought, Work work, Site 
 // Each lane brings its part of the tiles as tensor_core.h lays them out.
 void mma_16816(bool bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                const float (&c)[4], Site site);
+void mma_1688(bool bfloat16, float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4],
+              Site site);
 // Fills `registers` of the running lane from `tiles` (2 or 4) tiles.
 void ldmatrix(uint32_t* registers, int tiles, const void* row, Site site);
+void ldmatrix_transposed(uint32_t* registers, int tiles, const void* row, Site site);
 
 // One product of a warpgroup, for the running lane: done in a wait, until when `d` holds NaNs. Each
 // warp multiplies on its own, since it has its own rows. `step`: of codes in rows of 128 bytes.

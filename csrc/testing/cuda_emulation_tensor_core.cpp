@@ -1,4 +1,4 @@
-// ldmatrix, mma.sync.m16n8k16 and wgmma.m64n64k16 for all lanes of a warp at once.
+// ldmatrix, mma.sync.m16n8k16 and m16n8k8, and wgmma.m64n64k16 for all lanes of a warp at once.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -14,10 +14,12 @@ struct Tiles {
   uint32_t* registers;
   const void* row;
   int count;
+  bool transposed;
 };
 
 struct Fragments {
   bool bfloat16;
+  int steps;  // of eight columns of A
   float* d;
   const uint32_t *a, *b;
   const float* c;
@@ -66,9 +68,9 @@ float fused_sum(float accumulator, const double (&products)[8]) {
 
 using Sixteen = double[16];
 
-// A lane's part of 16 rows of 16 columns.
-void place_rows(Sixteen (&rows)[16], int lane, const uint32_t* a, bool bfloat16) {
-  for (int part = 0; part < 4; ++part) {
+// A lane's part of 16 rows of 16 columns, or of 8.
+void place_rows(Sixteen (&rows)[16], int lane, const uint32_t* a, bool bfloat16, int steps = 2) {
+  for (int part = 0; part < 2 * steps; ++part) {
     for (int which = 0; which < 2; ++which) {
       rows[lane / 4 + part % 2 * 8][lane % 4 * 2 + part / 2 * 8 + which] =
           half_value(a[part], which, bfloat16);
@@ -77,11 +79,12 @@ void place_rows(Sixteen (&rows)[16], int lane, const uint32_t* a, bool bfloat16)
 }
 
 // A lane's part of d = a b^T + c, 16 rows times 8.
-void sum_products(int lane, const Sixteen* a, const Sixteen* b, const float* c, float* d) {
+void sum_products(int lane, const Sixteen* a, const Sixteen* b, const float* c, float* d,
+                  int steps = 2) {
   for (int part = 0; part < 4; ++part) {
     const int row = lane / 4 + part / 2 * 8, column = lane % 4 * 2 + part % 2;
     float sum = c[part];
-    for (int k = 0; k < 16; k += 8) {
+    for (int k = 0; k < steps * 8; k += 8) {
       double products[8];
       for (int step = 0; step < 8; ++step) products[step] = a[row][k + step] * b[column][k + step];
       sum = fused_sum(sum, products);
@@ -94,16 +97,16 @@ void multiply(void* const (&lanes)[32], int, Site) {
   Sixteen a[16], b[8];
   for (int lane = 0; lane < 32; ++lane) {
     const Fragments& own = *static_cast<const Fragments*>(lanes[lane]);
-    place_rows(a, lane, own.a, own.bfloat16);
+    place_rows(a, lane, own.a, own.bfloat16, own.steps);
     for (int which = 0; which < 2; ++which) {
-      for (int part = 0; part < 2; ++part) {
+      for (int part = 0; part < own.steps; ++part) {
         b[lane / 4][lane % 4 * 2 + part * 8 + which] = half_value(own.b[part], which, own.bfloat16);
       }
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
     const Fragments& own = *static_cast<const Fragments*>(lanes[lane]);
-    sum_products(lane, a, b, own.c, own.d);
+    sum_products(lane, a, b, own.c, own.d, own.steps);
   }
 }
 
@@ -180,9 +183,17 @@ void load_tiles(void* const (&lanes)[32], int first_thread, Site site) {
   }
   for (int lane = 0; lane < 32; ++lane) {
     for (int tile = 0; tile < count; ++tile) {
-      const Tiles& given = *static_cast<const Tiles*>(lanes[tile * 8 + lane / 4]);
-      std::memcpy(static_cast<Tiles*>(lanes[lane])->registers + tile,
-                  static_cast<const char*>(given.row) + lane % 4 * 4, 4);
+      const auto row = [&](int i) {
+        return static_cast<const char*>(static_cast<const Tiles*>(lanes[tile * 8 + i])->row);
+      };
+      const Tiles& own = *static_cast<const Tiles*>(lanes[lane]);
+      if (own.transposed) {
+        char* const to = reinterpret_cast<char*>(own.registers + tile);
+        std::memcpy(to, row(lane % 4 * 2) + lane / 4 * 2, 2);
+        std::memcpy(to + 2, row(lane % 4 * 2 + 1) + lane / 4 * 2, 2);
+      } else {
+        std::memcpy(own.registers + tile, row(lane / 4) + lane % 4 * 4, 4);
+      }
     }
   }
 }
@@ -191,8 +202,14 @@ void load_tiles(void* const (&lanes)[32], int first_thread, Site site) {
 
 void mma_16816(bool bfloat16, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                const float (&c)[4], Site site) {
-  Fragments brought{bfloat16, d, a, b, c};
+  Fragments brought{bfloat16, 2, d, a, b, c};
   collective("mma_16816", 0xffffffffu, &brought, multiply, site);
+}
+
+void mma_1688(bool bfloat16, float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4],
+              Site site) {
+  Fragments brought{bfloat16, 1, d, a, &b, c};
+  collective("mma_1688", 0xffffffffu, &brought, multiply, site);
 }
 
 void warpgroup_mma(bool bfloat16, float (&d)[32], const uint32_t (&a)[4], const void* codes,
@@ -222,8 +239,13 @@ void warpgroup_wait(int groups_left, Site site) {
 }
 
 void ldmatrix(uint32_t* registers, int tiles, const void* row, Site site) {
-  Tiles brought{registers, row, tiles};
+  Tiles brought{registers, row, tiles, false};
   collective("ldmatrix", 0xffffffffu, &brought, load_tiles, site);
+}
+
+void ldmatrix_transposed(uint32_t* registers, int tiles, const void* row, Site site) {
+  Tiles brought{registers, row, tiles, true};
+  collective("ldmatrix.trans", 0xffffffffu, &brought, load_tiles, site);
 }
 
 }  // namespace emulation

@@ -1,9 +1,6 @@
 // The modulation launchers on the emulation, for tests that call them through ctypes. Each function
 // returns null, or what went wrong. Tokens and vectors arrive as the fields of their structs in
 // order, five numbers each; gradients of vectors as three; the device as those of `Device`.
-#include <exception>
-#include <string>
-
 #include "../cuda/modulation.h"
 #include "cuda_emulation_core.h"
 
@@ -30,31 +27,25 @@ VectorGradients gradients_from(const int64_t* fields) {
 
 template <typename F>
 const char* run(const int64_t* device, const F& launch) {
-  static thread_local std::string problem;
-  emulation::Arena arena;
-  Context context;
-  context.device = {int(device[0]), int(device[1]), int(device[2]), int(device[3])};
-  context.allocate = [&](int64_t bytes) { return arena.allocate(bytes); };
-  try {
+  return emulation::caught([&] {
+    emulation::Arena arena;
+    Context context;
+    context.device = {int(device[0]), int(device[1]), int(device[2]), int(device[3])};
+    context.allocate = [&](int64_t bytes) { return arena.allocate(bytes); };
     launch(context);
-  } catch (const std::exception& error) {
-    problem = error.what();
-    return problem.c_str();
-  }
-  return nullptr;
+  });
 }
 
 }  // namespace
 }  // namespace vqkernels::cuda
 
-#define VQKERNELS_EXPORT extern "C" __attribute__((visibility("default"))) const char*
-
 namespace cuda = vqkernels::cuda;
 
 // `tokens`: x, branch, stream, out; `vectors`: gate, shift, scale, weight, bias.
-VQKERNELS_EXPORT emulated_modulate(const int64_t* device, const int64_t* sizes,
-                                   const int64_t* const* tokens, const int64_t* const* vectors,
-                                   double eps, int centered, float* statistics) {
+EMULATION_EXPORT const char* emulated_modulate(const int64_t* device, const int64_t* sizes,
+                                               const int64_t* const* tokens,
+                                               const int64_t* const* vectors, double eps,
+                                               int centered, float* statistics) {
   return cuda::run(device, [&](const cuda::Context& context) {
     cuda::Modulate problem;
     problem.batch = sizes[0];
@@ -78,10 +69,11 @@ VQKERNELS_EXPORT emulated_modulate(const int64_t* device, const int64_t* sizes,
 
 // `tokens`: grad, x, grad_x, passed, branch, grad_branch; `vectors`: gate, scale, weight, bias;
 // `grads`: of gate, shift, scale, weight, bias.
-VQKERNELS_EXPORT emulated_modulate_backward(const int64_t* device, const int64_t* sizes,
-                                            const int64_t* const* tokens,
-                                            const int64_t* const* vectors, int centered,
-                                            const float* statistics, const int64_t* const* grads) {
+EMULATION_EXPORT const char* emulated_modulate_backward(const int64_t* device, const int64_t* sizes,
+                                                        const int64_t* const* tokens,
+                                                        const int64_t* const* vectors, int centered,
+                                                        const float* statistics,
+                                                        const int64_t* const* grads) {
   return cuda::run(device, [&](const cuda::Context& context) {
     cuda::ModulateBackward problem;
     problem.batch = sizes[0];

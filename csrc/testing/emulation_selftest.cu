@@ -9,11 +9,14 @@ using vqkernels::cuda::cp_async_16;
 using vqkernels::cuda::cp_async_commit;
 using vqkernels::cuda::cp_async_wait;
 using vqkernels::cuda::ldmatrix_x2;
+using vqkernels::cuda::ldmatrix_x2_transposed;
 using vqkernels::cuda::ldmatrix_x4;
+using vqkernels::cuda::ldmatrix_x4_transposed;
 using vqkernels::cuda::mbarrier_arrive_expecting;
 using vqkernels::cuda::mbarrier_init;
 using vqkernels::cuda::mbarrier_wait;
 using vqkernels::cuda::mma_16816;
+using vqkernels::cuda::mma_1688;
 using vqkernels::cuda::warpgroup_commit;
 using vqkernels::cuda::warpgroup_mma;
 using vqkernels::cuda::warpgroup_mma_packed;
@@ -525,6 +528,68 @@ __global__ void load_and_multiply(const uint16_t* a, const uint16_t* b_transpose
 EMULATION_EXPORT const char* load_tiles(const uint16_t* a, const uint16_t* b_transposed, float* d) {
   return emulation::caught(
       [&] { VQKERNELS_LAUNCH(load_and_multiply, 1, 32, 0, nullptr)(a, b_transposed, d); });
+}
+
+// A 16x8 tile and an 8x8 tile (stored transposed): half of the products of mma_16816.
+template <typename Half>
+__global__ void load_and_multiply_half(const uint16_t* a, const uint16_t* b_transposed,
+                                       const float* c, float* d) {
+  __shared__ __align__(16) uint16_t left[16 * 8];
+  __shared__ __align__(16) uint16_t right[8 * 8];
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 128; i += 32) left[i] = a[i];
+  for (int i = lane; i < 64; i += 32) right[i] = b_transposed[i];
+  __syncwarp();
+  uint32_t fragment_a[2], fragment_b[2];
+  ldmatrix_x2(fragment_a, left + lane % 16 * 8);
+  ldmatrix_x2(fragment_b, right + lane % 8 * 8);
+  float sums[4];
+  for (int i = 0; i < 4; ++i) sums[i] = c[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2];
+  mma_1688<Half>(sums, fragment_a, fragment_b[0], sums);
+  for (int i = 0; i < 4; ++i) d[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = sums[i];
+}
+
+EMULATION_EXPORT const char* multiply_half(const uint16_t* a, const uint16_t* b_transposed,
+                                           const float* c, float* d, int64_t bfloat16) {
+  return emulation::caught([&] {
+    if (bfloat16) {
+      VQKERNELS_LAUNCH(load_and_multiply_half<__nv_bfloat16>, 1, 32, 0, nullptr)
+      (a, b_transposed, c, d);
+    } else {
+      VQKERNELS_LAUNCH(load_and_multiply_half<__half>, 1, 32, 0, nullptr)(a, b_transposed, c, d);
+    }
+  });
+}
+
+// A 16x16 and a 16x8 tile, stored as they are, from shared memory into an mma; B by each of the
+// loads that transpose.
+__global__ void load_transposed_and_multiply(const uint16_t* a, const uint16_t* b, float* d) {
+  __shared__ __align__(16) uint16_t left[16 * 16];
+  __shared__ __align__(16) uint16_t right[16 * 16];
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 256; i += 32) {
+    left[i] = a[i];
+    right[i] = b[i];
+  }
+  __syncwarp();
+  uint32_t fragment_a[4], both[4], alone[2];
+  ldmatrix_x4(fragment_a, left + lane % 16 * 16 + lane / 16 * 8);
+  ldmatrix_x4_transposed(both, right + lane % 16 * 16 + lane / 16 * 8);
+  ldmatrix_x2_transposed(alone, right + lane % 16 * 16 + 8);
+  const uint32_t first[2] = {both[0], both[1]}, second[2] = {both[2], both[3]};
+  float sums[3][4] = {};
+  mma_16816<__half>(sums[0], fragment_a, first, sums[0]);
+  mma_16816<__half>(sums[1], fragment_a, second, sums[1]);
+  mma_16816<__half>(sums[2], fragment_a, alone, sums[2]);
+  for (int i = 0; i < 12; ++i) {
+    const int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    d[row * 24 + column] = sums[i / 4][i % 4];
+  }
+}
+
+EMULATION_EXPORT const char* load_transposed(const uint16_t* a, const uint16_t* b, float* d) {
+  return emulation::caught(
+      [&] { VQKERNELS_LAUNCH(load_transposed_and_multiply, 1, 32, 0, nullptr)(a, b, d); });
 }
 
 // Each of 2 x 3 x 2 blocks of 4 x 5 x 3 threads writes its own place, and what warps make of it.

@@ -22,10 +22,20 @@ from _helpers.builds import ROOT, build_script, compile_with
 from machine_code import Code, demangled, kernels_of, targets_of, tool
 from resource_table import MULTIPROCESSORS, TABLE, Needs, capability_of
 
+from vqkernels.backends import CUDA_ATTENTION_DIMS
+
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OPS = ("nearest_code", "quantize", "quantize_backward_x", "quantize_backward_codebook")
+MODULATIONS = tuple(
+    f"{op}{of}"
+    for op in ("ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm")
+    for of in ("", "_backward")
+)
+# Columns of common models, and before them what takes one and two pieces a thread.
+_WIDTHS = (128, 256, 384, 768, 1024, 1152, 1536, 3072)
+ATTENTION = ("attention", "attention_masked")  # one op, calls without and with a mask
 ROWS, CODES = 1 << 17, 1 << 14
-_WITH_PRODUCTS = ("search_tiles", "search_warpgroups", "products")
+_WITH_PRODUCTS = ("search_tiles", "search_warpgroups", "products", "attend")
 _SHORT = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
 _DTYPES = (
     ("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"), ("fp16", "fp32"), ("bf16", "fp32"),
@@ -68,6 +78,15 @@ def calls() -> Iterator[Call]:
     for op in OPS[1:]:
         for x, book in _DTYPES:
             for dim in (64, 7):
+                yield Call(op, x, book, dim)
+    for op in MODULATIONS:
+        for x, branch in _DTYPES[:3]:
+            for dim in _WIDTHS:
+                yield Call(op, x, branch, dim)
+        yield Call(op, "fp32", "fp32", 7)
+    for op in ATTENTION:
+        for x, book in _DTYPES[1:3]:
+            for dim in CUDA_ATTENTION_DIMS:
                 yield Call(op, x, book, dim)
 
 
@@ -236,7 +255,7 @@ def test_it_loads_in_a_torch_with_cuda(built: Built, tmp_path: Path) -> None:
     (tmp_path / "vqkernels/lib").mkdir()
     shutil.copy(built.object, tmp_path / "vqkernels/lib")
     done = subprocess.run(
-        [python, "-c", CHECK_LOADED.format(ops=OPS)],
+        [python, "-c", CHECK_LOADED.format(ops=(*OPS, *MODULATIONS, "attention"))],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,

@@ -14,6 +14,7 @@ import torch
 from _helpers.builds import ROOT, build_script, compile_with
 from torch import Tensor
 
+from vqkernels.reference import attention as attention_reference
 from vqkernels.reference import nearest_code as search_reference
 from vqkernels.reference import quantize as quantize_reference
 
@@ -180,3 +181,96 @@ def test_too_many_rows_are_refused(ops: torch._ops._OpNamespace) -> None:
     for call in calls:
         with pytest.raises(ValueError, match=r"fewer than 2\^31 rows, got shape \[2147483648, 1\]"):
             call()
+
+
+def heads(dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """q, k and v: four heads of 20 queries, two of 30 keys."""
+    return [torch.randn(2, *shape, dim).to(dtype) for shape in ((4, 20), (2, 30), (2, 30))]
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """The same values with heads beside each other, as views of a packed qkv have them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def misplaced(x: Tensor) -> Tensor:
+    """The same values, rows beginning at odd elements."""
+    wide = torch.zeros(*x.shape[:3], x.shape[3] + 9, dtype=x.dtype)
+    return wide[..., 1 : x.shape[3] + 1].copy_(x)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same values, contiguous from an odd element on."""
+    return torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+HEAD_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "neighbours": neighbours,
+    "misplaced": misplaced,
+    "shifted": shifted,
+    "columns-apart": lambda x: x.mT.contiguous().mT,
+    "broadcast": lambda x: x[:1, :1].expand_as(x),
+}
+
+
+def assert_attention(ops: torch._ops._OpNamespace, *arguments: object) -> None:
+    """Strides of the results, and their values up to the weights' rounding."""
+    out, lse = ops.attention(*arguments)
+    expected, logarithms = attention_reference.attention_with_lse(*arguments)
+    assert out.stride() == expected.stride()
+    assert out.dtype == expected.dtype
+    assert lse.is_contiguous()
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(lse, logarithms, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", HEAD_LAYOUTS)
+def test_layouts_of_heads(ops: torch._ops._OpNamespace, layout: str) -> None:
+    """Each of q, k and v in turn, then all."""
+    of = HEAD_LAYOUTS[layout]
+    for turned in ((0,), (1,), (2,), (0, 1, 2)):
+        q, k, v = (of(x) if i in turned else x for i, x in enumerate(heads()))
+        for causal in (False, True):
+            assert_attention(ops, q, k, v, None, causal, 0.125)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
+def test_masks_of_heads(ops: torch._ops._OpNamespace, dim: int, dtype: torch.dtype) -> None:
+    q, k, v = heads(dim, dtype)
+    shape = (2, 4, 20, 30)
+    kept = torch.rand(2, 1, 1, 30) < 0.6
+    bias = torch.randn(4, 30, 20).to(dtype).mT[None]
+    for mask in (kept, kept.expand(2, 4, 20, 30).contiguous(), bias):
+        assert_attention(ops, q, k, v, mask.expand(shape), False, -0.1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys"), [((0, 2, 5), 9), ((2, 0, 5), 9), ((2, 2, 0), 9), ((2, 2, 5), 0)]
+)
+def test_no_queries_or_no_keys(
+    ops: torch._ops._OpNamespace, shape: tuple[int, ...], keys: int
+) -> None:
+    q = torch.randn(*shape, 64).half()
+    k = torch.randn(shape[0], max(1, shape[1]), keys, 64).half()
+    assert_attention(ops, q, k, k, None, False, 0.125)
+
+
+def test_attention_refuses_what_it_has_no_kernel_for(ops: torch._ops._OpNamespace) -> None:
+    half, wide = torch.ones(1, 1, 4, 64).half(), torch.ones(1, 1, 4, 88).half()
+    message = "64, 72, 80, 96 or 128 columns of q, k and v, got"
+    for q, k, v in ((wide, wide, wide), (half, half, wide), (half.float(),) * 3):
+        with pytest.raises(ValueError, match=message):
+            ops.attention(q, k, v, None, False, 0.125)
+
+
+def test_gradients_follow_a_forward_by_cuda(ops: torch._ops._OpNamespace) -> None:
+    leaves = [x.requires_grad_() for x in heads()]
+    grad = torch.randn(2, 4, 20, 64).bfloat16()
+    results = []
+    for backend in ("cuda", "reference"):
+        out, _ = torch.ops.vqkernels.attention(*leaves, None, True, 0.125, backend)
+        results.append(torch.autograd.grad(out, leaves, grad))
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-2, atol=1e-2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import attention_cases
 import modulation_cases
 import torch
 from _helpers import data, exact, formulas
@@ -203,5 +204,6 @@ def cases() -> list[Case]:
         _quantize("half", (FP16, FP16), dim=40, metric="cosine", gradient="rotation"),
         _quantize("mixed", (BF16, FP32), dim=17, books=2, rows=90, gradient="none", masked=True),
         Case("book-gradient", _collapsed_book),
+        *(Case(f"attention-{name}", run) for name, run in attention_cases.RUNS.items()),
         *modulation_cases.cases(),
     ]

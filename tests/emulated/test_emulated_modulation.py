@@ -88,11 +88,9 @@ def test_what_is_no_number_stays_in_its_row(plain: CudaCalls, dim: int) -> None:
     broken = forward_and_backward(
         modulation_calls.fused(plain, "layer"), (residual, x, *vectors), grads
     )
-    for name, before, after in zip(
-        ["normed", "stream", "residual", "x"], good, broken, strict=False
-    ):
-        kept = [0, 2, 3, 5]
-        assert torch.equal(before[:, kept], after[:, kept]), name
+    kept = [0, 2, 3, 5]
+    for before, after in zip(good[:4], broken[:4], strict=True):  # results, residual and x
+        assert torch.equal(before[:, kept], after[:, kept])
     assert broken[0][0, [1, 4]].isnan().all()
 
 

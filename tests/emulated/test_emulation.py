@@ -289,6 +289,31 @@ def test_ldmatrix_gives_mma_its_fragments(selftest: Emulator) -> None:
         assert (d == a @ b).all()
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_half_an_mma_places_every_element(selftest: Emulator, bfloat16: bool) -> None:
+    a = np.arange(128.0).reshape(16, 8)
+    b = np.arange(64.0)[::-1].reshape(8, 8)
+    c = np.arange(128.0).reshape(16, 8) * 1000
+    bits = bfloat16_bits if bfloat16 else half_bits
+    with selftest.memory() as memory:
+        d = memory.empty("d", (16, 8), np.float32)
+        left, right = memory.array("a", bits(a)), memory.array("b", bits(b.T))
+        start = memory.array("c", c.astype(np.float32))
+        selftest.call("multiply_half", left, right, start, d, bfloat16)
+        assert (d == a @ b + c).all()
+
+
+def test_ldmatrix_transposes(selftest: Emulator) -> None:
+    """Two tiles at once, then the second alone."""
+    a = np.arange(256.0).reshape(16, 16)
+    b = np.arange(256.0)[::-1].reshape(16, 16) % 61
+    with selftest.memory() as memory:
+        d = memory.empty("d", (16, 24), np.float32)
+        left, right = memory.array("a", half_bits(a)), memory.array("b", half_bits(b))
+        selftest.call("load_transposed", left, right, d)
+        assert (d == a @ np.concatenate([b, b[:, 8:]], 1)).all()
+
+
 def first_element(emulator: Emulator, products: list[float], start: float) -> float:
     """start + sum(products) as the tensor core adds it."""
     a, b = np.zeros((16, 16)), np.zeros((16, 8))

@@ -16,7 +16,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vqkernels.backends import select
+from vqkernels.backends import select, why_not
 from vqkernels.ops._checks import check_floating, check_same_device
 from vqkernels.ops._library import define, differentiable, fake, not_differentiable
 from vqkernels.ops._modulation import NO_DOUBLE_BACKWARD
@@ -81,8 +81,12 @@ def _backward(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None,
     if grad is None:
         return (None,) * 7
     q, k, v, out, lse, attn_mask = ctx.saved_tensors
+    backend = ctx.backend
+    if backend == "cuda":  # which has a forward kernel only
+        triton = why_not("triton", "attention", q.device.type, (q.dtype,)) is None
+        backend = "triton" if triton else "reference"
     grads = _attention_backward(
-        grad, q, k, v, out, lse, attn_mask, ctx.is_causal, ctx.scale, ctx.backend
+        grad, q, k, v, out, lse, attn_mask, ctx.is_causal, ctx.scale, backend
     )
     return *grads, None, None, None, None
 
