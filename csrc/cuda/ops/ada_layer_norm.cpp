@@ -49,7 +49,7 @@ VectorGradients gradients_of(const Tensor& grad, int64_t each) {
 
 std::vector<int64_t> sizes_of(const Tensor& tensor) { return leading_sizes(tensor, tensor.dim()); }
 
-Tensor empty_like(const Tensor& tensor) {
+Tensor contiguous_like(const Tensor& tensor) {
   return empty(sizes_of(tensor), tensor.scalar_type(), tensor);
 }
 
@@ -71,7 +71,7 @@ struct Gradients {
   explicit Gradients(const Tensor& x) : x(x), none(x.numel() == 0) {}
 
   Tensor of(const Tensor& like) const {
-    return none ? zeros(sizes_of(like), like.scalar_type(), like) : empty_like(like);
+    return none ? zeros(sizes_of(like), like.scalar_type(), like) : contiguous_like(like);
   }
   Tensor of(const std::optional<Tensor>& like) const {
     return like ? of(*like) : empty({0}, x.scalar_type(), x);
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> ada_layer_norm_op(const Tensor& x_given, const Tensor
                                              const std::optional<Tensor>& bias_given, double eps,
                                              const std::string& norm) {
   const Call call("ada_layer_norm", x_given);
-  Tensor out = empty_like(x_given), statistics = statistics_for(x_given);
+  Tensor out = contiguous_like(x_given), statistics = statistics_for(x_given);
   if (out.numel() == 0) return {out, torch::stable::zero_(statistics)};
   const Tensor x = dense_columns(x_given), shift = dense_columns(shift_given);
   const Tensor scale = dense_columns(scale_given);
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ada_layer_norm_backward_op(
 Tensor gated_residual_op(const Tensor& residual_given, const Tensor& x_given,
                          const Tensor& gate_given) {
   const Call call("gated_residual", residual_given);
-  Tensor out = empty_like(residual_given);
+  Tensor out = contiguous_like(residual_given);
   if (out.numel() == 0) return out;
   const Tensor residual = dense_columns(residual_given), x = dense_columns(x_given);
   const Tensor gate = dense_columns(gate_given);
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_residual_ada_layer_norm_op(
     const Tensor& residual_given, const Tensor& x_given, const Tensor& gate_given,
     const Tensor& shift_given, const Tensor& scale_given, double eps, const std::string& norm) {
   const Call call("gated_residual_ada_layer_norm", residual_given);
-  Tensor normed = empty_like(residual_given), stream = empty_like(residual_given);
+  Tensor normed = contiguous_like(residual_given), stream = contiguous_like(residual_given);
   Tensor statistics = statistics_for(x_given);
   if (normed.numel() == 0) return {normed, stream, torch::stable::zero_(statistics)};
   const Tensor residual = dense_columns(residual_given), x = dense_columns(x_given);
