@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kAnyThreads) modulate_any(Modulate call, Tiles
 
 // Rows of a tile: more of them share a read of the vectors, while there are blocks enough.
 int64_t tile_rows(int64_t rows, int64_t groups, const Context& context) {
-  const int64_t of_group = rows / (int64_t(context.device.multiprocessors) * 32 * groups);
+  const int64_t of_group = rows / (int64_t(context.device.multiprocessors) * 16 * groups);
   return groups * std::clamp<int64_t>(of_group, 1, kMostTile);
 }
 
