@@ -267,6 +267,14 @@ def test_attention_refuses_what_it_has_no_kernel_for(ops: torch._ops._OpNamespac
             ops.attention(q, k, v, None, False, 0.125)
 
 
+def test_heads_of_too_many_rows_are_refused(ops: torch._ops._OpNamespace) -> None:
+    few = torch.ones(1, 1, 1, 64).half()
+    many = few.expand(1, 1, (1 << 30) + 1, 64)
+    for q, k in ((many, few), (few, many)):
+        with pytest.raises(ValueError, match=r"at most 2\^30 rows a head, got 1073741825"):
+            ops.attention(q, k, k, None, False, 0.125)
+
+
 def test_gradients_follow_a_forward_by_cuda(ops: torch._ops._OpNamespace) -> None:
     leaves = [x.requires_grad_() for x in heads()]
     grad = torch.randn(2, 4, 20, 64).bfloat16()

@@ -131,6 +131,52 @@ FAULTS = (
         "other = 1; other < groups - 1;",
     ),
     Fault("code over two chunks", "quantize.cu", "if (goes_on && !began_before)", "if (false)"),
+    Fault("row of keys", "attention_tiles.h", "lane % 8 + lane / 16 * 8", "lane % 16"),
+    Fault(
+        "fragment of keys", "attention_tiles.h", "step * 2 + lane / 8 % 2", "step * 2 + lane / 16"
+    ),
+    Fault(
+        "fragment of values", "attention_tiles.h", "pair * 2 + lane / 16", "pair * 2 + lane / 8 % 2"
+    ),
+    Fault(
+        "last eight columns of queries",
+        "attention_tiles.h",
+        "queries + Tile::at(m * 16 + lane % 16, Tile::kPieces - 1)",
+        "queries + Tile::at(m * 16 + lane % 16, Tile::kPieces - 2)",
+    ),
+    Fault(
+        "row behind the last key",
+        "attention_tiles.h",
+        "const bool inside = first + row < end;",
+        "const bool inside = first + row <= end;",
+        "out of bounds",
+    ),
+    Fault("key behind the last", "attention.cu", "place.key(n, i) >= end", "place.key(n, i) > end"),
+    Fault("diagonal", "attention.cu", "min(place.query(slot) + 1,", "min(place.query(slot),"),
+    Fault(
+        "mask of a row that is none",
+        "attention.cu",
+        "min(place.query(slot), call.queries - 1)",
+        "place.query(slot)",
+        "out of bounds",
+    ),
+    Fault("head of keys", "attention.cu", "head / (call.heads / call.key_heads)", "head / 4"),
+    Fault(
+        "sum that does not fade",
+        "attention.cu",
+        "total[slot] = fmaf(total[slot], faded, sum);",
+        "total[slot] += sum;",
+    ),
+    Fault("values that do not fade", "attention.cu", "out[m][n][first] *= faded;", ""),
+    Fault("row that sees no key", "attention.cu", "risen == -INFINITY ? 0.0f : risen;", "risen;"),
+    Fault("ring of tiles", "attention.cu", "read_slot + 1 == kSlots", "read_slot + 2 == kSlots"),
+    Fault(
+        "row behind the last query",
+        "attention.cu",
+        "if (query >= call.queries) break;",
+        "if (query > call.queries) break;",
+        "out of bounds",
+    ),
 )
 
 
@@ -143,7 +189,9 @@ def _planted(fault: Fault) -> Emulator:
     shutil.copytree(CSRC, copy, dirs_exist_ok=True)
     (copy / "cuda" / fault.file).write_text(text)
     changed = {"quantize.cu"}
-    if fault.file != "quantize.cu":
+    if fault.file.startswith("attention"):
+        changed = {"attention.cu"}
+    elif fault.file != "quantize.cu":
         changed = {"nearest_code.cu", "search_warpgroups.cu"}
     sources = [copy / "cuda" / path.name if path.name in changed else path for path in KERNELS]
     return Emulator("race", tuple(sources))
@@ -161,7 +209,10 @@ def test_a_planted_fault_is_caught(emulators: dict[Fault, Emulator], fault: Faul
     emulator = emulators[fault]
     emulator.set_order("reverse")
     found = ""
+    of_attention = fault.file.startswith("attention")
     for case in cases():
+        if case.name.startswith("attention") != of_attention:
+            continue
         try:
             case.run(CudaCalls(emulator.library, emulator.declare, case.device))
         except (AssertionError, RuntimeError) as error:
