@@ -62,7 +62,7 @@ def _norm(
 
         judge(of_all(ours, True), of_all(eager, False), (x, shift, scale, *given), [grad])
 
-    return Case(f"norm-{name}", run)
+    return Case(f"modulation-norm-{name}", run)
 
 
 def _gate(
@@ -74,7 +74,7 @@ def _gate(
         gate = draw.vector(shape[0], frames, shape[2])
         judge(modulation_calls.gate(calls), eager_gate, (residual, x, gate), [grad])
 
-    return Case(f"gate-{name}", run)
+    return Case(f"modulation-gate-{name}", run)
 
 
 def _fused(
@@ -91,7 +91,7 @@ def _fused(
         ours, eager = modulation_calls.fused(calls, norm), eager_fused(norm)
         judge(ours, eager, (residual, x, *vectors), grads)
 
-    return Case(f"fused-{name}", run)
+    return Case(f"modulation-fused-{name}", run)
 
 
 def _mixed(
@@ -125,7 +125,7 @@ def _mixed(
         grads = torch.autograd.grad((normed, summed), wide, (grad.double(), passed.double()))
         assert_rounded_once(found, [normed, rounded, *grads])
 
-    return Case(f"mixed-{name}", run)
+    return Case(f"modulation-mixed-{name}", run)
 
 
 def _views(calls: CudaCalls) -> None:
