@@ -43,6 +43,9 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     heads = (torch.randn(2, 4, 3, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 5))
     packed_heads = tuple(torch.randn(2, 6, 3, 3, 8).permute(2, 0, 3, 1, 4))
     allowed = torch.rand(3, 6) > 0.3
+    rows, of_keys = torch.randn(7, 4, 8), torch.randn(6, 2, 8)
+    starts = tuple(torch.tensor(n, dtype=torch.int32) for n in ([0, 3, 3, 7], [0, 4, 6, 6]))
+    varying, row_lse = (*starts, 4, 4), torch.rand(4, 7) + 2
     lse, lse6 = torch.rand(2, 4, 3) + 2, torch.rand(2, 3, 6) + 2
     return {
         "nearest_code": ("nearest_code", (x, codebook, "l2", "exact", None)),
@@ -209,6 +212,18 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         "attention_backward, packed": (
             "attention_backward",
             (packed_heads[0] + 1, *packed_heads, packed_heads[0], lse6, None, False, 0.5),
+        ),
+        "attention_varlen": (
+            "attention_varlen",
+            (*need(rows.clone(), of_keys.clone(), of_keys[..., :5].clone()), *varying, False, 0.5),
+        ),
+        "attention_varlen, packed, half": (
+            "attention_varlen",
+            (*torch.randn(7, 3, 4, 8).half().unbind(1), starts[0], starts[0], 4, 4, True, 0.5),
+        ),
+        "attention_varlen_backward": (
+            "attention_varlen_backward",
+            (rows + 1, rows, of_keys, of_keys - 1, rows, row_lse, *varying, True, 0.5),
         ),
         "bias_gelu": ("bias_gelu", (tokens, None, "tanh")),
         "bias_gelu, gradients": ("bias_gelu", (*need(tokens.clone(), bias.clone()), "none")),

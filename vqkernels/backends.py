@@ -33,12 +33,13 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "quantize": ("cpu", "triton", "cuda"),
     "ema_update": ("cpu",),
     "timestep_embedding": ("cpu", "triton"),
-    "ada_layer_norm": ("cpu", "triton"),
-    "gated_residual": ("cpu", "triton"),
-    "gated_residual_ada_layer_norm": ("cpu", "triton"),
+    "ada_layer_norm": ("cpu", "triton", "cuda"),
+    "gated_residual": ("cpu", "triton", "cuda"),
+    "gated_residual_ada_layer_norm": ("cpu", "triton", "cuda"),
     "bias_gelu": ("cpu", "triton"),
     "qk_norm_rope": ("cpu", "triton"),
     "attention": ("cpu", "triton", "cuda"),
+    "attention_varlen": ("cpu", "triton"),
     # Made of ops above, which choose for themselves.
     "modulated_attention": ("cpu", "triton"),
     "modulated_mlp": ("cpu", "triton"),
@@ -54,6 +55,8 @@ _OLDEST_CAPABILITY = 80
 CUDA_ATTENTION_DIMS = (64, 72, 80, 96, 128)
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool)
+# Arguments that say where rows are, whatever the dtype of the rows.
+_PLACES = ("cu_seqlens_q", "cu_seqlens_k")
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 _log = logging.getLogger("vqkernels")
@@ -284,7 +287,8 @@ def explain(op: str, *args: object, **kwargs: object) -> Explanation:
 
     if not hasattr(ops, op):
         raise ValueError(f"op must be the name of a vqkernels op, got {op!r}")
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    values = (*args, *(value for name, value in kwargs.items() if name not in _PLACES))
+    tensors = [value for value in values if isinstance(value, Tensor)]
     device = tensors[-1].device.type if tensors else "cpu"
     dtypes = tuple(tensor.dtype for tensor in tensors)
     gpu = _gpu_call(op, tensors) if device == "cuda" else None

@@ -64,53 +64,61 @@ class AttentionHead {
 
   void pack_keys() {
     if (keys_ == 0) return;
+    prefetch_rows(task_.dtype, task_.v, key_, keys_, task_.value_dim);
     pack_transposed<Words>(task_.dtype, task_.k, key_, keys_, task_.dim, k_panels());
     pack_straight<Words>(task_.dtype, task_.v, key_, keys_, task_.value_dim, v_panels());
-    float norms[kKeyBlock];
-    row_norms(task_.dtype, task_.k, key_, keys_, task_.dim, norms);
-    largest_key_ = 0;
-    for (int64_t i = 0; i < keys_; ++i) {
-      if (!(norms[i] <= largest_key_)) largest_key_ = norms[i];
-      if (norms[i] != norms[i]) break;  // what is no number makes every bound one
-    }
+    largest_key_ = largest_column_norm<Words>(k_panels());
   }
 
   Panels k_panels() const { return Panels(k_, whole_lanes(keys_), dim_words_); }
   Panels v_panels() const { return Panels(v_, task_.value_dim, words_of<Words>(keys_)); }
 
+  // The first block of keys, which no query is hidden from, sets the sums; the others add to them.
   void start(int64_t rows, int64_t at) {
     std::fill(most_ + at, most_ + at + rows, -INFINITY);
     std::fill(total_ + at, total_ + at + rows, 0.0f);
+    if (keys_ > 0) return;
     std::fill(sums_ + at * value_floats_, sums_ + (at + rows) * value_floats_, 0.0f);
   }
 
   // Folds this block of keys into the sums of `rows` queries.
   void add_block(int64_t query, int64_t rows, int64_t at) {
-    pack_left<Words>(task_.dtype, task_.q, query, rows, task_.dim, q_words_);
-    multiply<Words>({q_words_, dim_words_, scores_, block_, false}, rows, k_panels());
+    const int64_t next = std::min<int64_t>(kQueryTile, task_.query_end - query - rows);
+    prefetch_rows(task_.dtype, task_.q, query + rows, next, task_.dim);
+    prefetch_rows<1>(task_.dtype, task_.out, query, rows, task_.value_dim);
     const float factor = task_.scale * kLog2E;
     const bool masked =
         task_.mask_kind != MaskKind::none || (task_.causal && key_ + keys_ - 1 > query);
     const int64_t width = whole_lanes(keys_);
-    float norms[kQueryTile];
+    float norms[kQueryTile] = {};
     if (!masked) row_norms(task_.dtype, task_.q, query, rows, task_.dim, norms);
+    int64_t apart = dim_words_;
+    const Word* left = rows_as_words<Words>(task_.dtype, task_.q, query, task_.dim, &apart);
+    if (left == nullptr) {
+      pack_left<Words>(task_.dtype, task_.q, query, rows, task_.dim, q_words_);
+      left = q_words_;
+    }
+    multiply<Words>({left, apart, scores_, block_, false}, rows, k_panels());
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = scores_ + r * block_;
-      float shift = masked ? 0 : norms[r] * largest_key_ * std::fabs(factor) * 1.001f;
-      const bool narrow = !masked && 2 * shift < kNarrow;
+      const float bound = std::ceil(norms[r] * largest_key_ * std::fabs(factor) * 1.001f);
+      const bool narrow = !masked && 2 * bound < kNarrow;
+      float most = bound;
       if (!narrow) {
         for (int64_t i = 0; i < width; i += kLanes) {
           store(scores + i, load(scores + i) * splat(factor));
         }
         if (masked) add_mask(task_, query + r, key_, false, keys_, scores);
-        shift = largest_of(scores);
+        most = std::ceil(largest_of(scores));
       }
-      shift = shifted(at + r, shift);
-      const float slope = narrow ? factor : 1.0f;
-      total_[at + r] += exponentials(scores, slope, shift, weights_ + r * key_words_);
+      const float shift = shifted(at + r, most), slope = narrow ? factor : 1.0f;
+      Word* const words = weights_ + r * key_words_;
+      total_[at + r] += narrow && bound + shift < kNarrow
+                            ? exponentials<true>(scores, slope, shift, words)
+                            : exponentials<false>(scores, slope, shift, words);
     }
-    multiply<Words>({weights_, key_words_, sums_ + at * value_floats_, value_floats_, true}, rows,
-                    v_panels());
+    multiply<Words>({weights_, key_words_, sums_ + at * value_floats_, value_floats_, key_ > 0},
+                    rows, v_panels());
   }
 
   // Of this block's scaled scores; a NaN among them may be passed over, and its weight will not.
@@ -122,16 +130,26 @@ class AttentionHead {
   }
 
   // exp2(slope * score - shift) as words; returns their sum, of the weights as rounded: a lone key
-  // has the weight 1.
+  // has the weight 1. `shift` is an integer; kWithin says that no weight leaves fp32's range.
+  template <bool kWithin>
   float exponentials(const float* scores, float slope, float shift, Word* words) const {
     const vf factor = splat(slope), away = splat(shift == -INFINITY ? 0.0f : -shift);
-    vf sum = {};
-    for (int64_t i = 0; i < keys_; i += kLanes) {
-      vf weight = exp2<Words::kExpTerms>(multiply_add(load(scores + i), factor, away));
-      if (keys_ - i < kLanes) weight = first_lanes(weight, keys_ - i);
-      sum += put_weights(words, i, weight);
+    const auto weights_at = [&](int64_t i) {
+      const vf score = load(scores + i);
+      if constexpr (kWithin) return exp2_within<Words::kExpTerms>(score, factor, shift);
+      return exp2<Words::kExpTerms>(multiply_add(score, factor, away));
+    };
+    WeightSum<Words> sum;
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= keys_; i += 2 * kLanes) {
+      sum.put(words, i, weights_at(i), weights_at(i + kLanes));
     }
-    return sum_of(sum);
+    for (; i < keys_; i += kLanes) {
+      vf weight = weights_at(i);
+      if (keys_ - i < kLanes) weight = first_lanes(weight, keys_ - i);
+      sum.put(words, i, weight);
+    }
+    return sum.total();
   }
 
   // What is to be taken off a row's scores so that none is above 0; brings earlier sums to it.

@@ -32,6 +32,19 @@ inline T* row_at(const HeadRows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + row * rows.stride;
 }
 
+// Asks for rows that are needed soon: those of one head of a packed qkv lie too far apart for the
+// processor to see them coming.
+template <int kWritten = 0>
+inline void prefetch_rows(DType dtype, const HeadRows& rows, int64_t first, int64_t count,
+                          int64_t columns) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = dtype == DType::f32 ? 4 : 2;
+  const char* row = static_cast<const char*>(rows.data) + first * rows.stride * bytes;
+  for (int64_t i = 0; i < count; ++i, row += rows.stride * bytes) {
+    for (int64_t at = 0; at < columns * bytes; at += kLine) __builtin_prefetch(row + at, kWritten);
+  }
+}
+
 // A vector of words of a row from word `word` on; zeros behind its `columns` numbers.
 template <typename Words, typename T>
 inline vu words_at(const T* row, int64_t word, int64_t columns) {
@@ -84,6 +97,8 @@ VQKERNELS_OUTLINE void pack_transposed(DType dtype, const HeadRows& rows, int64_
       const int64_t row = vector * kLanes, here = std::min<int64_t>(kLanes, count - row);
       float* to = panels.at(vector);
       const int64_t apart = panels.apart(vector);
+      const int64_t next = std::min<int64_t>(kLanes, count - row - kLanes);
+      prefetch_rows(dtype, rows, first + row + kLanes, next, columns);
       for (int64_t step = 0; step < panels.steps; step += kLanes) {
         vu words[kLanes];
         for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -185,6 +200,27 @@ VQKERNELS_OUTLINE inline void add_mask(const AttentionTask& task, int64_t query,
   }
 }
 
+// The largest |column| of a right operand; NaN where a column holds one.
+template <typename Words>
+VQKERNELS_OUTLINE float largest_column_norm(const Panels& panels) {
+  vf most = {}, broken = {};
+  for (int64_t vector = 0; vector < panels.vectors; ++vector) {
+    const float* column = panels.at(vector);
+    const int64_t apart = panels.apart(vector);
+    vf even = {}, odd = {};
+    int64_t step = 0;
+    for (; step + 1 < panels.steps; step += 2, column += 2 * apart) {
+      even = Words::add_squares(even, load(column));
+      odd = Words::add_squares(odd, load(column + apart));
+    }
+    if (step < panels.steps) even = Words::add_squares(even, load(column));
+    most = maximum(even + odd, most);
+    broken += even + odd;
+  }
+  const float sum = sum_of(broken);
+  return sum != sum ? sum : std::sqrt(largest(most));
+}
+
 // |row| of some rows.
 VQKERNELS_OUTLINE inline void row_norms(DType dtype, const HeadRows& rows, int64_t first,
                                         int64_t count, int64_t columns, float* norms) {
@@ -246,6 +282,20 @@ VQKERNELS_OUTLINE inline void mean_row(DType dtype, const HeadRows& rows, int64_
   });
 }
 
+// Where rows can be read as words in place: the left operand and how far its rows are apart.
+template <typename Words>
+inline const typename Words::Word* rows_as_words(DType dtype, const HeadRows& rows, int64_t first,
+                                                 int64_t columns, int64_t* apart) {
+  const int64_t bytes = dtype == DType::f32 ? 4 : 2;
+  const auto* data = static_cast<const char*>(rows.data) + first * rows.stride * bytes;
+  const bool whole = columns % Words::kNumbers == 0 && rows.stride % Words::kNumbers == 0;
+  if (bytes * Words::kNumbers != 4 || !whole || reinterpret_cast<uintptr_t>(data) % 4 != 0) {
+    return nullptr;
+  }
+  *apart = rows.stride / Words::kNumbers;
+  return reinterpret_cast<const typename Words::Word*>(data);
+}
+
 // A vector of weights as words, at number `i` of a row of words. Returns them as rounded.
 template <typename Word>
 inline vf put_weights(Word* words, int64_t i, vf weights) {
@@ -262,6 +312,35 @@ inline vf put_weights(Word* words, int64_t i, vf weights) {
 #endif
   }
 }
+
+// Puts vectors of weights into a row of words, from number `i` on, and sums them as rounded.
+template <typename Words>
+struct WeightSum {
+  void put(float* words, int64_t i, vf weights) { sum += put_weights(words, i, weights); }
+  void put(float* words, int64_t i, vf first, vf second) {
+    put(words, i, first);
+    put(words, i + kLanes, second);
+  }
+  float total() const { return sum_of(sum); }
+
+  vf sum = {};
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct WeightSum<Bf16Words> {
+  void put(uint32_t* words, int64_t i, vf weights) { sum += put_weights(words, i, weights); }
+  void put(uint32_t* words, int64_t i, vf first, vf second) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    std::memcpy(words + i / 2, &pairs, sizeof(pairs));
+    const __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
+    pair_sum = (vf)_mm512_dpbf16_ps((__m512)pair_sum, pairs, ones);
+  }
+  float total() const { return sum_of(sum + pair_sum); }
+
+  vf sum = {}, pair_sum = {};
+};
+#endif
 
 }  // namespace
 }  // namespace vqkernels

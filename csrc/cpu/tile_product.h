@@ -20,6 +20,10 @@ constexpr int kProductVectors = 4;
 #else
 constexpr int kProductVectors = 2;
 #endif
+// Where a head of 72 or 80 columns would waste half a vector of 16, half a vector is multiplied.
+constexpr bool kHalves = kLanes == 16;
+constexpr int kHalfRows = 2 * kProductRows;
+typedef float vh __attribute__((vector_size(kLanes / 2 * 4)));
 
 struct Fp32Words {
   using Word = float;
@@ -27,6 +31,13 @@ struct Fp32Words {
   static constexpr int kExpTerms = 5;
 
   static vf add(vf sum, Word left, vf right) { return multiply_add(splat(left), right, sum); }
+  static vh add(vh sum, Word left, vh right) {
+#if defined(__AVX512F__)
+    return (vh)_mm256_fmadd_ps(_mm256_set1_ps(left), (__m256)right, (__m256)sum);
+#endif
+    return sum + left * right;
+  }
+  static vf add_squares(vf sum, vf words) { return multiply_add(words, words, sum); }
 };
 
 #if defined(__AVX512BF16__)
@@ -39,6 +50,13 @@ struct Bf16Words {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int(left)),
                                 (__m512bh)right);
   }
+  static vh add(vh sum, Word left, vh right) {
+    return (vh)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_epi32(int(left)),
+                                (__m256bh)right);
+  }
+  static vf add_squares(vf sum, vf words) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)words, (__m512bh)words);
+  }
 };
 #endif
 
@@ -48,10 +66,13 @@ inline int64_t words_of(int64_t numbers) {
 }
 
 // The right operand: `columns` numbers wide, padded to whole vectors with zeros; `steps` words
-// long. Panels of equal width (the last may be narrower) lie one after another.
+// long. Panels of equal width (the last may be narrower) lie one after another; a last vector of
+// which only half is used has a panel of its own.
 struct Panels {
   float* data;
-  int64_t vectors, steps, widest;  // vectors in all, words, vectors of a panel
+  int64_t vectors, steps;  // vectors in all, words
+  bool half;               // whether the last vector is half used
+  int64_t widest;          // vectors of a panel
 
   static int64_t vectors_of(int64_t columns) { return (columns + kLanes - 1) / kLanes; }
   static int64_t floats(int64_t columns, int64_t steps) {
@@ -60,18 +81,26 @@ struct Panels {
 
   Panels(float* data, int64_t columns, int64_t steps)
       : data(data), vectors(vectors_of(columns)), steps(steps) {
-    const int64_t panels = (vectors + kProductVectors - 1) / kProductVectors;
-    widest = panels == 0 ? 1 : (vectors + panels - 1) / panels;
+    const int64_t tail = columns % kLanes;
+    half = kHalves && 0 < tail && tail <= kLanes / 2;
+    const int64_t panels = (whole() + kProductVectors - 1) / kProductVectors;
+    widest = panels == 0 ? 1 : (whole() + panels - 1) / panels;
   }
 
-  int64_t width_of_panel(int64_t first) const { return std::min(widest, vectors - first); }
+  int64_t whole() const { return vectors - half; }
+  int64_t first_beside(int64_t vector) const {
+    return vector < whole() ? vector / widest * widest : vector;
+  }
+  int64_t width_of_panel(int64_t first) const {
+    return first < whole() ? std::min(widest, whole() - first) : 1;
+  }
   float* panel(int64_t first) const { return data + first * kLanes * steps; }
   // Where vector `vector` of step 0 lies; the next step's is `apart(vector)` further.
   float* at(int64_t vector) const {
-    const int64_t first = vector / widest * widest;
+    const int64_t first = first_beside(vector);
     return panel(first) + (vector - first) * kLanes;
   }
-  int64_t apart(int64_t vector) const { return width_of_panel(vector / widest * widest) * kLanes; }
+  int64_t apart(int64_t vector) const { return width_of_panel(first_beside(vector)) * kLanes; }
 };
 
 // One left operand and where its products go. One function serves all products of a kind of words:
@@ -134,12 +163,51 @@ __attribute__((noinline)) void multiply_panel(const Product<Words>& product, int
   }
 }
 
+// Rows against half a vector; the other half of the sums is zero.
+template <typename Words, int kRows>
+inline __attribute__((always_inline)) void multiply_half_block(const Product<Words>& product,
+                                                               const float* right, int64_t steps) {
+  vh sums[kRows] = {};
+  for (int64_t step = 0; step < steps; ++step, right += kLanes) {
+    vh b;
+    std::memcpy(&b, right, sizeof(b));
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      sums[r] = Words::add(sums[r], product.left[r * product.left_stride + step], b);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+    float* out = product.out + r * product.out_stride;
+    vf sum = {};
+    std::memcpy(&sum, &sums[r], sizeof(vh));
+    store(out, product.accumulate ? sum + load(out) : sum);
+  }
+}
+
+template <typename Words>
+__attribute__((noinline)) void multiply_half_panel(const Product<Words>& product, int64_t rows,
+                                                   const float* right, int64_t steps) {
+  int64_t row = 0;
+  for (; row + kHalfRows <= rows; row += kHalfRows) {
+    multiply_half_block<Words, kHalfRows>(product.from_row(row), right, steps);
+  }
+  for (; row + 4 <= rows; row += 4) {
+    multiply_half_block<Words, 4>(product.from_row(row), right, steps);
+  }
+  for (; row < rows; ++row) multiply_half_block<Words, 1>(product.from_row(row), right, steps);
+}
+
 template <typename Words>
 inline void multiply(const Product<Words>& product, int64_t rows, const Panels& right) {
-  for (int64_t first = 0; first < right.vectors; first += right.widest) {
+  for (int64_t first = 0; first < right.vectors; first += right.width_of_panel(first)) {
     Product<Words> part = product;
     part.out += first * kLanes;
     const float* panel = right.panel(first);
+    if (kHalves && first == right.whole()) {
+      multiply_half_panel<Words>(part, rows, panel, right.steps);
+      return;
+    }
     switch (right.width_of_panel(first)) {
       case 1:
         multiply_panel<Words, 1>(part, rows, panel, right.steps);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../common/dtypes.h"
 #include "simd.h"
@@ -66,6 +67,20 @@ inline void store(half_t* p, vf v) {
 #else
   for (int lane = 0; lane < kLanes; ++lane) p[lane] = from_float<half_t>(v[lane]);
 #endif
+}
+
+// Two vectors next to each other.
+template <typename T>
+inline void store_two(T* p, vf first, vf second) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bfloat16_t>) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    std::memcpy(p, &both, sizeof(both));
+    return;
+  }
+#endif
+  store(p, first);
+  store(p + kLanes, second);
 }
 
 // The first `count` lanes, zeros behind them.
@@ -188,38 +203,51 @@ inline float largest(vf v) {
   return most;
 }
 
-// 2^x for x <= 127; 0 below -126. The relative error is 7.5e-8 with five terms and 7.5e-5 with
-// three (minimax on [-1/2, 1/2]), and that of fp32 itself.
+// 2^f for |f| <= 1/2. The relative error is 7.5e-8 with five terms and 7.5e-5 with three (minimax),
+// and that of fp32 itself.
 template <int kTerms>
-inline vf exp2(vf x) {
+inline vf exp2_of_fraction(vf f) {
   static_assert(kTerms == 3 || kTerms == 5);
-  const vf clamped = maximum(splat(-200.0f), x);  // also -inf; a NaN stays
-#if defined(__AVX512F__)
-  const vf whole = (vf)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
-#else
-  const vf shifted = clamped + 0x1.8p23f;  // the nearest integer, in the low bits
-  const vf whole = shifted - 0x1.8p23f;
-#endif
-  const vf f = clamped - whole;
   vf y;
   if constexpr (kTerms == 5) {
     y = multiply_add(splat(0x1.5c08e6p-10f), f, splat(0x1.3d0c52p-7f));
     y = multiply_add(y, f, splat(0x1.c6b6e4p-5f));
     y = multiply_add(y, f, splat(0x1.ebf918p-3f));
     y = multiply_add(y, f, splat(0x1.62e428p-1f));
-    y = multiply_add(y, f, splat(1.0f));
+    return multiply_add(y, f, splat(1.0f));
   } else {
     y = multiply_add(splat(0x1.c3f760p-5f), f, splat(0x1.f0de1ap-3f));
     y = multiply_add(y, f, splat(0x1.62f31ap-1f));
-    y = multiply_add(y, f, splat(0x1.fff692p-1f));
+    return multiply_add(y, f, splat(0x1.fff692p-1f));
   }
+}
+
+// What brings the nearest integer into a float's low bits when added to it.
+constexpr float kToInteger = 0x1.8p23f;
+
+// 2^x for x <= 127; 0 below -126. `kBounded` says that x is no less than -200.
+template <int kTerms, bool kBounded = false>
+inline vf exp2(vf x) {
+  const vf clamped = kBounded ? x : maximum(splat(-200.0f), x);  // also -inf; a NaN stays
 #if defined(__AVX512F__)
+  const vf whole = (vf)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT);
+  const vf y = exp2_of_fraction<kTerms>(clamped - whole);
   return (vf)_mm512_scalef_ps((__m512)y, (__m512)whole);
 #else
-  const vu power = ((vu)shifted) << 23;
-  const vu scaled = (vu)y + power;
+  const vf shifted = clamped + kToInteger;
+  const vf y = exp2_of_fraction<kTerms>(clamped - (shifted - kToInteger));
+  const vu scaled = (vu)y + ((vu)shifted << 23);
   return (vf)(scaled & ~(vu)(clamped < -126.0f));
 #endif
+}
+
+// 2^(x * factor - whole) for an integer `whole`, where that is surely within 2^-120 and 2^120.
+template <int kTerms>
+inline vf exp2_within(vf x, vf factor, float whole) {
+  const vf start = splat(kToInteger - whole);
+  const vf shifted = multiply_add(x, factor, start);
+  const vf f = multiply_add(x, factor, start - shifted);
+  return (vf)((vu)exp2_of_fraction<kTerms>(f) + ((vu)shifted << 23));
 }
 
 }  // namespace

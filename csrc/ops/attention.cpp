@@ -1,8 +1,6 @@
-// Attention of N queries to M keys, forward and backward: heads and blocks of queries or keys are
-// shared among threads.
+// Attention of N queries to M keys, forward and backward, of samples of one length or of varying
+// ones: sequences, heads and blocks of queries or keys are shared among threads.
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -20,24 +18,32 @@ constexpr int64_t kTasksEnough = 16;
 
 int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A tensor `[B, H, N, d]`, asked once for what every head needs.
+// Queries that attend to keys of their own: a sample of `[B, H, N, d]`, or a stretch of the rows of
+// `[T, H, d]`.
+struct Sequence {
+  int64_t queries = 0, keys = 0;
+  int64_t query_at = 0, key_at = 0;  // the sample's number, or the first row's
+  int64_t lse_at = 0;                // where the logarithms of the first head start
+};
+
+// A tensor of heads, asked once for what every head needs.
 struct Heads {
   Heads() = default;
   explicit Heads(const Tensor& tensor)
       : data(static_cast<char*>(tensor.data_ptr())),
-        batch_stride(tensor.stride(0)),
+        sequence_stride(tensor.stride(0)),
         head_stride(tensor.stride(1)),
-        row_stride(tensor.stride(2)) {
+        row_stride(tensor.stride(tensor.dim() == 3 ? 0 : 2)) {
     const ScalarType type = tensor.scalar_type();
     bytes = type == ScalarType::Bool ? 1 : type == ScalarType::Float ? 4 : 2;
   }
 
-  HeadRows of(int64_t batch, int64_t head) const {
-    return {data + (batch * batch_stride + head * head_stride) * bytes, row_stride};
+  HeadRows of(int64_t at, int64_t head) const {
+    return {data + (at * sequence_stride + head * head_stride) * bytes, row_stride};
   }
 
   char* data = nullptr;
-  int64_t batch_stride = 0, head_stride = 0, row_stride = 0, bytes = 0;
+  int64_t sequence_stride = 0, head_stride = 0, row_stride = 0, bytes = 0;
 };
 
 // As reference.like_queries: heads lie beside each other in memory where q has them so.
@@ -49,146 +55,246 @@ Tensor like_queries(const Tensor& q, int64_t columns) {
                                   2);
 }
 
+std::vector<Sequence> samples_of(const Tensor& q, const Tensor& k) {
+  std::vector<Sequence> samples(static_cast<size_t>(q.size(0)));
+  for (int64_t i = 0; i < q.size(0); ++i) {
+    samples[size_t(i)] = {q.size(2), k.size(2), i, i, i * q.size(1) * q.size(2)};
+  }
+  return samples;
+}
+
+// Throws unless `starts` is int32 and rises from 0 to `rows`: kernels trust it.
+std::vector<int64_t> checked_starts(const char* name, const Tensor& starts, int64_t rows) {
+  const auto refuse = [&](const char* why) {
+    throw std::invalid_argument(std::string(name) + " must " + why);
+  };
+  if (starts.scalar_type() != ScalarType::Int || starts.dim() != 1 || starts.numel() == 0)
+    refuse("be int32 [B + 1]");
+  const Tensor rows_of_numbers = dense(starts);
+  const int32_t* const numbers = data<int32_t>(rows_of_numbers);
+  std::vector<int64_t> found(numbers, numbers + starts.numel());
+  if (found.front() != 0 || found.back() != rows || !std::is_sorted(found.begin(), found.end()))
+    refuse("rise from 0 to the number of rows");
+  return found;
+}
+
+std::vector<Sequence> sequences_of(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q,
+                                   const Tensor& cu_seqlens_k) {
+  const auto queries = checked_starts("cu_seqlens_q", cu_seqlens_q, q.size(0));
+  const auto keys = checked_starts("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  if (queries.size() != keys.size())
+    throw std::invalid_argument("cu_seqlens_q and cu_seqlens_k must be as many");
+  std::vector<Sequence> sequences(queries.size() - 1);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    sequences[i] = {queries[i + 1] - queries[i], keys[i + 1] - keys[i], queries[i], keys[i],
+                    queries[i]};
+  }
+  return sequences;
+}
+
 // The arguments that forward and backward share, with rows that lie in one piece.
 struct Call {
   Call(const Tensor& q_given, const Tensor& k_given, const Tensor& v_given,
-       const std::optional<Tensor>& attn_mask, bool causal, double scale)
+       std::vector<Sequence> sequences_given, bool causal, double scale)
       : q(dense_rows(q_given)),
         k(dense_rows(k_given)),
         v(dense_rows(v_given)),
         q_heads(q),
         k_heads(k),
         v_heads(v),
-        batches(q.size(0)),
         heads(q.size(1)),
         key_heads(k.size(1)),
-        group(heads / std::max<int64_t>(1, key_heads)) {
+        group(heads / std::max<int64_t>(1, key_heads)),
+        lse_stride(q.size(q.dim() == 3 ? 0 : 2)),
+        sequences(std::move(sequences_given)) {
     common.dtype = dtype_of(q);
-    common.queries = q.size(2);
-    common.keys = k.size(2);
-    common.dim = q.size(3);
-    common.value_dim = v.size(3);
+    common.dim = q.size(q.dim() - 1);
+    common.value_dim = v.size(v.dim() - 1);
     common.scale = float(scale);
     common.causal = causal;
-    if (!attn_mask) return;
+    for (const Sequence& sequence : sequences) {
+      largest = std::max(largest, sequence.queries * sequence.keys);
+      scores += sequence.queries * sequence.keys;
+    }
+  }
+
+  Call& with(const std::optional<Tensor>& attn_mask) {
+    if (!attn_mask) return *this;
     mask = Heads(*attn_mask);
     common.mask_kind = mask.bytes == 1 ? MaskKind::boolean : MaskKind::additive;
     common.mask_row = attn_mask->stride(2);
     common.mask_col = attn_mask->stride(3);
+    return *this;
   }
 
-  AttentionTask of(int64_t batch, int64_t head, const Heads& out, float* lse) const {
+  AttentionTask of(const Sequence& sequence, int64_t head, const Heads& out, float* lse) const {
     AttentionTask task = common;
-    task.q = q_heads.of(batch, head);
-    task.k = k_heads.of(batch, head / group);
-    task.v = v_heads.of(batch, head / group);
-    task.out = out.of(batch, head);
-    task.lse = lse + (batch * heads + head) * task.queries;
-    task.mask = mask.of(batch, head).data;
+    task.queries = sequence.queries;
+    task.keys = sequence.keys;
+    task.q = q_heads.of(sequence.query_at, head);
+    task.k = k_heads.of(sequence.key_at, head / group);
+    task.v = v_heads.of(sequence.key_at, head / group);
+    task.out = out.of(sequence.query_at, head);
+    task.lse = lse + sequence.lse_at + head * lse_stride;
+    task.mask = mask.of(sequence.query_at, head).data;
     task.query_end = task.queries;
     return task;
   }
 
+  // As how many heads of the largest sequence all of them count.
+  int64_t whole_heads(int64_t of_each) const {
+    const int64_t most = std::max<int64_t>(1, largest);
+    return scores / most * of_each + scores % most * of_each / most;
+  }
+
+  // Calls f(number of a sequence, head). Threads share what follows one another: a head of every
+  // sequence, where those differ.
+  template <typename F>
+  void each_head(int64_t of_each, const F& f) const {
+    const int64_t count = int64_t(sequences.size());
+    for (int64_t i = 0; i < count * of_each; ++i) {
+      if (q.dim() == 3) {
+        f(size_t(i % count), i / count);
+      } else {
+        f(size_t(i / of_each), i % of_each);
+      }
+    }
+  }
+
+  // How many of `tasks` are worth a thread, with `products` as large as q k^T or p v in all.
+  int64_t tasks_each(int64_t tasks, int64_t products) const {
+    const int64_t work = scores * heads * (common.dim + common.value_dim) * products / 2;
+    return std::max<int64_t>(
+        1, kWorthThread / std::max<int64_t>(1, work / std::max<int64_t>(1, tasks)));
+  }
+
   Tensor q, k, v;
   Heads q_heads, k_heads, v_heads, mask;
-  int64_t batches, heads, key_heads, group;
+  int64_t heads, key_heads, group, lse_stride;
+  std::vector<Sequence> sequences;
+  int64_t largest = 0, scores = 0;
   AttentionTask common;
 };
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                     const std::optional<Tensor>& attn_mask, bool is_causal,
-                                     double scale) {
-  const Call call(q, k, v, attn_mask, is_causal, scale);
-  Tensor out = like_queries(q, v.size(3));
-  Tensor lse = empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
+// Some queries, or keys, of one head.
+struct Piece {
+  size_t sequence;
+  int64_t head, begin, end;
+  int64_t dq_at = 0;  // where its part of dq goes
+};
+
+void forward(const Call& call, const Tensor& out, const Tensor& lse) {
   float* const logs = data<float>(lse);
   const Heads outs(out);
-  const AttentionTask& common = call.common;
-  const int64_t heads = call.batches * call.heads;
-  const int64_t pieces = heads >= kTasksEnough ? 1 : cdiv(common.queries, kQueriesEach);
-  const int64_t each = pieces <= 1 ? common.queries : kQueriesEach;
-  const int64_t work = each * common.keys * (common.dim + common.value_dim);
-  parallel(heads * pieces, std::max<int64_t>(1, kWorthThread / std::max<int64_t>(1, work)),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t i = begin; i < end; ++i) {
-               const int64_t head = i / pieces;
-               AttentionTask task = call.of(head / call.heads, head % call.heads, outs, logs);
-               task.query_begin = i % pieces * each;
-               task.query_end = std::min(task.query_begin + each, task.queries);
-               kernels().attention(task);
-             }
-           });
-  return {out, lse};
+  const bool whole = call.whole_heads(call.heads) >= kTasksEnough;
+  std::vector<Piece> pieces;
+  call.each_head(call.heads, [&](size_t sequence, int64_t head) {
+    const int64_t queries = call.sequences[sequence].queries, each = whole ? queries : kQueriesEach;
+    for (int64_t begin = 0; begin < queries; begin += each) {
+      pieces.push_back({sequence, head, begin, std::min(begin + each, queries)});
+    }
+  });
+  const int64_t count = int64_t(pieces.size());
+  parallel(count, call.tasks_each(count, 2), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece& piece = pieces[size_t(i)];
+      AttentionTask task = call.of(call.sequences[piece.sequence], piece.head, outs, logs);
+      task.query_begin = piece.begin;
+      task.query_end = piece.end;
+      kernels().attention(task);
+    }
+  });
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_given, const Tensor& q,
-                                                      const Tensor& k, const Tensor& v,
-                                                      const Tensor& out_given,
-                                                      const Tensor& lse_given,
-                                                      const std::optional<Tensor>& attn_mask,
-                                                      bool is_causal, double scale) {
-  const Call call(q, k, v, attn_mask, is_causal, scale);
+// Keys of one head are cut only where heads are few: each piece keeps a dq of its own.
+int64_t keys_each(int64_t keys, int64_t whole_heads) {
+  const int64_t wanted = std::max<int64_t>(1, kTasksEnough / std::max<int64_t>(1, whole_heads));
+  return cdiv(cdiv(keys, std::min(wanted, cdiv(keys, kKeysEach))), 128) * 128;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Call& call, const Tensor& grad_given,
+                                            const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& out_given, const Tensor& lse_given) {
   const Tensor grad = dense_rows(grad_given), out = dense_rows(out_given), lse = dense(lse_given);
   Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k);
   Tensor dv = torch::stable::empty_like(v);
   const AttentionTask& common = call.common;
-  const int64_t key_heads = call.batches * call.key_heads, group = call.group;
-  if (key_heads * common.queries * common.keys == 0) {
-    for (Tensor* empty : {&dq, &dk, &dv}) torch::stable::zero_(*empty);
-    return {dq, dk, dv};
+  std::vector<Piece> pieces;
+  std::vector<AttentionQuerySums> sums(call.sequences.size());  // of the first head, `parts` unset
+  std::vector<int64_t> sums_at(call.sequences.size());
+  int64_t numbers = 0;
+  bool empty_ones = call.sequences.empty();
+  for (size_t i = 0; i < call.sequences.size(); ++i) {
+    const Sequence& sequence = call.sequences[i];
+    if (sequence.queries * sequence.keys == 0) {
+      empty_ones = true;
+      continue;
+    }
+    sums[i].dtype = common.dtype;
+    sums[i].queries = sequence.queries;
+    sums[i].dim = common.dim;
+    sums[i].count = cdiv(sequence.keys, keys_each(sequence.keys, call.whole_heads(call.key_heads)));
+    sums[i].apart = call.heads * sequence.queries * common.dim;
+    sums_at[i] = numbers;
+    numbers += sums[i].count * sums[i].apart;
   }
+  if (empty_ones) {
+    for (Tensor* some : {&dq, &dk, &dv}) torch::stable::zero_(*some);
+  }
+  if (call.scores * call.key_heads == 0) return {dq, dk, dv};
   // Rows of results that do not lie in one piece are written to copies.
   const auto writable = [](const Tensor& t) {
-    return t.size(3) < 2 || t.stride(3) == 1
-               ? t
-               : empty({t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type(), t);
+    const int64_t last = t.dim() - 1;
+    if (t.size(last) < 2 || t.stride(last) == 1) return t;
+    return torch::stable::contiguous(t);
   };
   const Tensor to_q = writable(dq), to_k = writable(dk), to_v = writable(dv);
   const Heads dq_heads(to_q), dk_heads(to_k), dv_heads(to_v), outs(out), grads_of(grad);
   float* const logs = data<float>(lse);
-  const int64_t wanted = std::max<int64_t>(1, kTasksEnough / key_heads);
-  const int64_t each =
-      cdiv(cdiv(common.keys, std::min(wanted, cdiv(common.keys, kKeysEach))), 128) * 128;
-  const int64_t pieces = cdiv(common.keys, each);
-  const int64_t head_numbers = common.queries * common.dim, numbers = group * head_numbers;
-  const std::unique_ptr<float[]> parts(new float[size_t(pieces * key_heads * numbers)]);
-  const int64_t work = 5 * group * common.queries * each * (common.dim + common.value_dim) / 2;
-  parallel(key_heads * pieces, std::max<int64_t>(1, kWorthThread / std::max<int64_t>(1, work)),
-           [&](int64_t begin, int64_t end) {
-             std::vector<AttentionTask> heads(static_cast<size_t>(group));
-             std::vector<HeadRows> grads(static_cast<size_t>(group));
-             for (int64_t i = begin; i < end; ++i) {
-               const int64_t batch = i / pieces / call.key_heads;
-               const int64_t key_head = i / pieces % call.key_heads, piece = i % pieces;
-               for (int64_t j = 0; j < group; ++j) {
-                 const int64_t head = key_head * group + j;
-                 heads[size_t(j)] = call.of(batch, head, outs, logs);
-                 grads[size_t(j)] = grads_of.of(batch, head);
-               }
-               AttentionBackwardTask task;
-               task.heads = heads.data();
-               task.grads = grads.data();
-               task.count = group;
-               task.key_begin = piece * each;
-               task.key_end = std::min(task.key_begin + each, common.keys);
-               task.dk = dk_heads.of(batch, key_head);
-               task.dv = dv_heads.of(batch, key_head);
-               task.dq = parts.get() + (piece * key_heads + i / pieces) * numbers;
-               kernels().attention_backward(task);
-             }
-           });
-  const int64_t row_sums = pieces * head_numbers;
-  parallel(key_heads * group, grain(row_sums), [&](int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head) {
-      AttentionQuerySums sums;
-      sums.dtype = common.dtype;
-      sums.parts = parts.get() + head * head_numbers;
-      sums.count = pieces;
-      sums.apart = key_heads * numbers;
-      sums.queries = common.queries;
-      sums.dim = common.dim;
-      sums.dq = dq_heads.of(head / call.heads, head % call.heads);
-      kernels().attention_query_sums(sums);
+  const std::unique_ptr<float[]> parts(new float[size_t(numbers)]);
+  call.each_head(call.key_heads, [&](size_t i, int64_t key_head) {
+    const Sequence& sequence = call.sequences[i];
+    if (sums[i].count == 0) return;
+    const int64_t each = keys_each(sequence.keys, call.whole_heads(call.key_heads));
+    int64_t at = sums_at[i] + key_head * call.group * sequence.queries * common.dim;
+    for (int64_t begin = 0; begin < sequence.keys; begin += each, at += sums[i].apart) {
+      pieces.push_back({i, key_head, begin, std::min(begin + each, sequence.keys), at});
+    }
+  });
+  const int64_t count = int64_t(pieces.size());
+  parallel(count, call.tasks_each(count, 5), [&](int64_t begin, int64_t end) {
+    std::vector<AttentionTask> heads(static_cast<size_t>(call.group));
+    std::vector<HeadRows> grads(static_cast<size_t>(call.group));
+    for (int64_t i = begin; i < end; ++i) {
+      const Piece& piece = pieces[size_t(i)];
+      const Sequence& sequence = call.sequences[piece.sequence];
+      for (int64_t j = 0; j < call.group; ++j) {
+        const int64_t head = piece.head * call.group + j;
+        heads[size_t(j)] = call.of(sequence, head, outs, logs);
+        grads[size_t(j)] = grads_of.of(sequence.query_at, head);
+      }
+      AttentionBackwardTask task;
+      task.heads = heads.data();
+      task.grads = grads.data();
+      task.count = call.group;
+      task.key_begin = piece.begin;
+      task.key_end = piece.end;
+      task.dk = dk_heads.of(sequence.key_at, piece.head);
+      task.dv = dv_heads.of(sequence.key_at, piece.head);
+      task.dq = parts.get() + piece.dq_at;
+      kernels().attention_backward(task);
+    }
+  });
+  const int64_t all = int64_t(call.sequences.size()) * call.heads;
+  parallel(all, grain(numbers / all), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const size_t sequence = size_t(i / call.heads);
+      AttentionQuerySums task = sums[sequence];
+      if (task.count == 0) continue;
+      const int64_t head = i % call.heads;
+      task.parts = parts.get() + sums_at[sequence] + head * task.queries * task.dim;
+      task.dq = dq_heads.of(call.sequences[sequence].query_at, head);
+      kernels().attention_query_sums(task);
     }
   });
   const auto deliver = [](Tensor& to, const Tensor& from) {
@@ -200,9 +306,48 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad_given, 
   return {dq, dk, dv};
 }
 
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const std::optional<Tensor>& attn_mask, bool is_causal,
+                                     double scale) {
+  Call call(q, k, v, samples_of(q, k), is_causal, scale);
+  Tensor out = like_queries(q, v.size(3));
+  Tensor lse = empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
+  forward(call.with(attn_mask), out, lse);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q,
+                                                      const Tensor& k, const Tensor& v,
+                                                      const Tensor& out, const Tensor& lse,
+                                                      const std::optional<Tensor>& attn_mask,
+                                                      bool is_causal, double scale) {
+  Call call(q, k, v, samples_of(q, k), is_causal, scale);
+  return backward(call.with(attn_mask), grad, q, k, v, out, lse);
+}
+
+std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                            int64_t, int64_t, bool is_causal, double scale) {
+  const Call call(q, k, v, sequences_of(q, k, cu_seqlens_q, cu_seqlens_k), is_causal, scale);
+  Tensor out = empty({q.size(0), q.size(1), v.size(2)}, q.scalar_type(), q);
+  Tensor lse = empty({q.size(1), q.size(0)}, ScalarType::Float, q);
+  forward(call, out, lse);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t, int64_t,
+    bool is_causal, double scale) {
+  const Call call(q, k, v, sequences_of(q, k, cu_seqlens_q, cu_seqlens_k), is_causal, scale);
+  return backward(call, grad, q, k, v, out, lse);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(vqkernels_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
+  m.impl("attention_varlen_backward", TORCH_BOX(&attention_varlen_backward));
 }
 
 }  // namespace

@@ -52,6 +52,13 @@ def attention_backend(request: pytest.FixtureRequest, device: str) -> Iterator[s
     yield from _in_force(request.param, "attention", head, head, head)
 
 
+@pytest.fixture(params=BACKENDS)
+def modulation_backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """The same for the norm and the gated sum."""
+    x = torch.empty(1, 1, 8, device=device)
+    yield from _in_force(request.param, "ada_layer_norm", x, x[0], x[0])
+
+
 def _in_force(backend: str, op: str, *tensors: torch.Tensor) -> Iterator[str]:
     with vqkernels.use_backend(backend):
         try:

@@ -152,7 +152,8 @@ def attention(
 
     Raises:
         TypeError: a tensor is not floating point, or dtypes differ.
-        ValueError: a shape or device that does not fit, or both `attn_mask` and `is_causal`.
+        ValueError: a shape or device that does not fit, or both `attn_mask` and `is_causal`; on a
+            GPU more than 256 columns, unless the reference is asked for by name.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(name, tensor)
@@ -176,7 +177,7 @@ def attention(
             enable_gqa=enable_gqa,
             return_lse=return_lse,
         )
-    q, k, v, attn_mask = _autocast(q, k, v, attn_mask)
+    q, k, v, attn_mask = autocast(q, k, v, attn_mask)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     scale = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
@@ -185,7 +186,7 @@ def attention(
     return out if return_lse else out[0]
 
 
-def _autocast(
+def autocast(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As autocast treats PyTorch's: everything but float64 and bool in its dtype."""
@@ -206,10 +207,14 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
         raise ValueError(
             f"v must be [{batch}, {k.shape[1]}, {k.shape[2]}, e], got shape {list(v.shape)}"
         )
-    if k.shape[1] != heads and not enable_gqa:
-        raise ValueError(f"k must have q's {heads} heads, got {k.shape[1]} (see enable_gqa)")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"k's heads must divide q's {heads}, got {k.shape[1]}")
+    check_heads(heads, k.shape[1], enable_gqa)
+
+
+def check_heads(heads: int, key_heads: int, enable_gqa: bool) -> None:
+    if key_heads != heads and not enable_gqa:
+        raise ValueError(f"k must have q's {heads} heads, got {key_heads} (see enable_gqa)")
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"k's heads must divide q's {heads}, got {key_heads}")
 
 
 def _check_mask(attn_mask: Tensor, scores: tuple[int, ...], q: Tensor) -> None:

@@ -21,7 +21,7 @@ into thousands of multiply-adds that spill.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -60,12 +60,40 @@ def attention(
     """
     out = like_queries(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    forward(q, k, v, out, lse, attn_mask, is_causal, scale, config=config)
+    return out, lse
+
+
+class Sequences(NamedTuple):
+    """Where sequences of varying length start among the queries and keys of a single sample."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    sequences: Sequences | None = None,
+    *,
+    config: AttentionConfig | None = None,
+) -> None:
+    """Fills `out` and `lse`."""
     if lse.numel() == 0 or v.shape[-1] == 0:
-        return out, lse
+        return
     q, k, v = (rows_beside(t) for t in (q, k, v))
     unit = common_unit(q, k, v, out)
     config = config or choose("forward", q, v)
-    batch, heads, queries, _ = q.shape
+    batch, queries, keys = sizes_of(q, k, sequences)
+    heads = q.shape[1]
     launch(
         _attention_forward,
         triton.cdiv(queries, config.block_q) * batch * heads,
@@ -79,18 +107,36 @@ def attention(
         strides_of(out, unit),
         lse,
         *mask_arguments(attn_mask, q),
+        *starts_of(q, k, sequences),
         queries,
-        k.shape[2],
+        keys,
         heads,
         heads // k.shape[1],
         scale * _LOG2_E.value,
         UNIT=unit,
         SHIFTED=scale <= 0 or mask_kind(attn_mask) == ADDED,
         CAUSAL=is_causal,
+        VARLEN=sequences is not None,
         **modes(q, v, attn_mask),
         **tiles(config),
     )
-    return out, lse
+
+
+def sizes_of(q: Tensor, k: Tensor, sequences: Sequences | None) -> tuple[int, int, int]:
+    """How many sequences there are, and the most queries and keys of one."""
+    if sequences is None:
+        return q.shape[0], q.shape[2], k.shape[2]
+    return len(sequences.cu_seqlens_q) - 1, sequences.max_seqlen_q, sequences.max_seqlen_k
+
+
+def starts_of(
+    q: Tensor, k: Tensor, sequences: Sequences | None
+) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Starts of queries and keys, and how many rows there are of each."""
+    if sequences is None:
+        return q, q, (0, 0)
+    starts = (sequences.cu_seqlens_q.contiguous(), sequences.cu_seqlens_k.contiguous())
+    return *starts, (q.shape[2], k.shape[2])
 
 
 def choose(kernel: str, q: Tensor, v: Tensor) -> AttentionConfig:
@@ -175,6 +221,9 @@ def _attention_forward(
     lse,
     mask,
     mask_strides,
+    q_starts,
+    k_starts,
+    rows,
     N,
     M,
     heads,
@@ -183,6 +232,7 @@ def _attention_forward(
     UNIT: tl.constexpr,
     SHIFTED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    VARLEN: tl.constexpr,
     MASK: tl.constexpr,
     MASK_OF_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -200,6 +250,7 @@ def _attention_forward(
     scale: of the scores, times log2(e): the softmax is in powers of two.
     SHIFTED: scores are scaled, and `mask` added, before their maximum; else a positive scale is
     multiplied in as the exponent is formed.
+    VARLEN: b is a sequence instead of a sample, N and M are the longest one's.
     """
     block, b, h = place(N, heads, BLOCK_Q)
     if CAUSAL:  # the programs with the most keys start first
@@ -207,10 +258,16 @@ def _attention_forward(
     row = tl.arange(0, BLOCK_Q)
     first_query = block * BLOCK_Q
     query = first_query + row
-    q_head = head_of(q, q_strides, b, h, UNIT) + first_query.to(tl.int64) * q_strides[2] * UNIT
+    q_from = 0
+    k_from = 0
+    if VARLEN:
+        q_from, k_from, N, M = span(q_starts, k_starts, rows, b, N, M)
+        M = tl.where(first_query < N, M, 0)  # beyond the last query nothing is to be done
+    q_head = head_of(q, q_strides, b, h, q_from, UNIT)
+    q_head += first_query.to(tl.int64) * q_strides[2] * UNIT
     q_tile = load_rows(q_head, q_strides[2], row, query < N, True, D, D1, D2, UNIT)
-    k_head = head_of(k, k_strides, b, h // group, UNIT)
-    v_head = head_of(v, v_strides, b, h // group, UNIT)
+    k_head = head_of(k, k_strides, b, h // group, k_from, UNIT)
+    v_head = head_of(v, v_strides, b, h // group, k_from, UNIT)
     mask += b.to(tl.int64) * mask_strides[0] + h.to(tl.int64) * mask_strides[1]
 
     end = M
@@ -266,12 +323,12 @@ def _attention_forward(
                 sum2 = tl.dot(weights, v_tile[1], sum2 * faded[:, None], input_precision=PRECISION)
 
     factor = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-    out_head = head_of(out, out_strides, b, h, UNIT)
+    out_head = head_of(out, out_strides, b, h, q_from, UNIT)
     out_head += first_query.to(tl.int64) * out_strides[2] * UNIT
     store_rows(out_head, out_strides[2], row, query < N, sum1 * factor, 0, E, UNIT)
     if E2 > 0:
         store_rows(out_head, out_strides[2], row, query < N, sum2 * factor, E1, E, UNIT)
-    at = (b.to(tl.int64) * heads + h) * N + query
+    at = row_terms_at(b, h, q_from, heads, N, rows, VARLEN) + query
     tl.store(lse + at, (top + tl.log2(total)) * _LN_2, mask=query < N)
 
 
@@ -285,8 +342,36 @@ def place(N, heads, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def head_of(x, strides, b, h, UNIT: tl.constexpr):
-    return x + (b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]) * UNIT
+def span(q_starts, k_starts, rows, b, N, M):
+    """A sequence's first query and key, and how many it has, at most N and M. `rows` are those of
+    all queries and keys; no starts lead beyond them."""
+    q_from, queries = _stretch(q_starts, b, rows[0], N)
+    k_from, keys = _stretch(k_starts, b, rows[1], M)
+    return q_from, k_from, queries, keys
+
+
+@triton.jit
+def _stretch(starts, b, rows, most):
+    first = tl.minimum(tl.maximum(tl.load(starts + b), 0), rows)
+    end = tl.minimum(tl.load(starts + b + 1), rows)
+    return first, tl.minimum(tl.maximum(end - first, 0), most)
+
+
+@triton.jit
+def row_terms_at(b, h, q_from, heads, N, rows, VARLEN: tl.constexpr):
+    """Where a head has what is kept of each of its queries: lse, exponents, delta."""
+    if VARLEN:
+        return h.to(tl.int64) * rows[0] + q_from
+    else:
+        return (b.to(tl.int64) * heads + h) * N
+
+
+@triton.jit
+def head_of(x, strides, b, h, first, UNIT: tl.constexpr):
+    """Row `first` of head h of sample b; sequences of varying length are rows of one sample, whose
+    stride is 0."""
+    at = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    return x + (at + tl.cast(first, tl.int64) * strides[2]) * UNIT
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vqkernels.triton.attention import (
     _LOG2_E,
+    Sequences,
     choose,
     common_unit,
     dot_rows,
@@ -39,7 +40,11 @@ from vqkernels.triton.attention import (
     masked,
     modes,
     place,
+    row_terms_at,
     rows_beside,
+    sizes_of,
+    span,
+    starts_of,
     store_rows,
     strides_of,
     tiles,
@@ -71,13 +76,30 @@ def attention_backward(
         grad: of out, `[B, H, N, e]`; the others as `attention` took and returned them.
         configs: launch configurations of the kernels for q and for k and v.
     """
+    return backward(grad, q, k, v, out, lse, attn_mask, is_causal, scale, configs=configs)
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    sequences: Sequences | None = None,
+    *,
+    configs: tuple[AttentionConfig, AttentionConfig] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     if 0 in (q.numel(), k.numel(), v.numel()):
         return tuple(t.zero_() for t in grads)  # type: ignore[return-value]
     q, k, v, out, grad = (rows_beside(t) for t in (q, k, v, out, grad))
     dq, dk, dv = (rows_beside(t) for t in grads)
-    batch, heads, queries, _ = q.shape
-    keys = k.shape[2]
+    batch, heads, rows, _ = q.shape
+    sequence_count, queries, keys = sizes_of(q, k, sequences)
     of_queries, of_keys = configs or (choose("queries", q, v), choose("keys", q, v))
 
     exponents, delta = q.new_empty((2, *q.shape[:-1]), dtype=torch.float32)
@@ -86,7 +108,7 @@ def attention_backward(
     row_unit = common_unit(grad, out)
     launch(
         _row_terms_of_gradient,
-        triton.cdiv(queries, block) * batch * heads,
+        triton.cdiv(rows, block) * batch * heads,
         grad,
         strides_of(grad, row_unit),
         out,
@@ -94,7 +116,7 @@ def attention_backward(
         lse.contiguous(),
         exponents,
         delta,
-        queries,
+        rows,
         heads,
         UNIT=row_unit,
         E=v.shape[-1],
@@ -116,12 +138,14 @@ def attention_backward(
         exponents,
         delta,
         *mask_arguments(attn_mask, q),
+        *starts_of(q, k, sequences),
     )
     sizes = (queries, keys, heads, heads // k.shape[1], scale, scale * _LOG2_E.value)
-    constants = {"UNIT": unit, "CAUSAL": is_causal, **modes(q, v, attn_mask)}
+    constants = {"UNIT": unit, "CAUSAL": is_causal, "VARLEN": sequences is not None}
+    constants |= modes(q, v, attn_mask)
     launch(
         _attention_grad_queries,
-        triton.cdiv(queries, of_queries.block_q) * batch * heads,
+        triton.cdiv(queries, of_queries.block_q) * sequence_count * heads,
         *shared,
         dq,
         strides_of(dq, unit),
@@ -131,7 +155,7 @@ def attention_backward(
     )
     launch(
         _attention_grad_keys,
-        triton.cdiv(keys, of_keys.block_k) * batch * k.shape[1],
+        triton.cdiv(keys, of_keys.block_k) * sequence_count * k.shape[1],
         *shared,
         dk,
         strides_of(dk, unit),
@@ -168,9 +192,8 @@ def _row_terms_of_gradient(
     row = tl.arange(0, BLOCK)
     first = block * BLOCK
     inside = first + row < N
-    grad_head = head_of(grad, grad_strides, b, h, UNIT)
-    grad_head += first.to(tl.int64) * grad_strides[2] * UNIT
-    out_head = head_of(out, out_strides, b, h, UNIT) + first.to(tl.int64) * out_strides[2] * UNIT
+    grad_head = head_of(grad, grad_strides, b, h, first, UNIT)
+    out_head = head_of(out, out_strides, b, h, first, UNIT)
     g, _ = load_rows(grad_head, grad_strides[2], row, inside, True, E, BLOCK_E, 0, UNIT)
     o, _ = load_rows(out_head, out_strides[2], row, inside, True, E, BLOCK_E, 0, UNIT)
     at = (b.to(tl.int64) * heads + h) * N + first + row
@@ -194,6 +217,9 @@ def _attention_grad_queries(
     delta,
     mask,
     mask_strides,
+    q_starts,
+    k_starts,
+    rows,
     dq,
     dq_strides,
     N,
@@ -204,6 +230,7 @@ def _attention_grad_queries(
     scale_of_two,
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
+    VARLEN: tl.constexpr,
     MASK: tl.constexpr,
     MASK_OF_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -223,14 +250,19 @@ def _attention_grad_queries(
     row = tl.arange(0, BLOCK_Q)
     first_query = block * BLOCK_Q
     query = first_query + row
-    q_head = head_of(q, q_strides, b, h, UNIT)
+    q_from = 0
+    k_from = 0
+    if VARLEN:
+        q_from, k_from, N, M = span(q_starts, k_starts, rows, b, N, M)
+        M = tl.where(first_query < N, M, 0)  # beyond the last query nothing is to be done
+    q_head = head_of(q, q_strides, b, h, q_from, UNIT)
     q_tile = load_tile(q_head, q_strides[2], first_query, BLOCK_Q, N, True, D, D1, D2, UNIT)
-    g_head = head_of(grad, grad_strides, b, h, UNIT)
+    g_head = head_of(grad, grad_strides, b, h, q_from, UNIT)
     g_tile = load_tile(g_head, grad_strides[2], first_query, BLOCK_Q, N, True, E, E1, E2, UNIT)
-    k_head = head_of(k, k_strides, b, h // group, UNIT)
-    v_head = head_of(v, v_strides, b, h // group, UNIT)
+    k_head = head_of(k, k_strides, b, h // group, k_from, UNIT)
+    v_head = head_of(v, v_strides, b, h // group, k_from, UNIT)
     mask += b.to(tl.int64) * mask_strides[0] + h.to(tl.int64) * mask_strides[1]
-    at = (b.to(tl.int64) * heads + h) * N + query
+    at = row_terms_at(b, h, q_from, heads, N, rows, VARLEN) + query
     exponent = tl.load(exponents + at, mask=query < N, other=float("inf"))[:, None]
     row_delta = tl.load(delta + at, mask=query < N, other=0.0)
 
@@ -280,7 +312,7 @@ def _attention_grad_queries(
     k_tile = load_tile(k_head, k_strides[2], 0, BLOCK_K, M, True, D, D1, D2, UNIT)
     share = (rounded_slope / tl.maximum(tl.minimum(M, BLOCK_K), 1))[:, None]
     sum1 -= share * tl.sum(k_tile[0].to(tl.float32), 0)[None, :]
-    dq_head = head_of(dq, dq_strides, b, h, UNIT)
+    dq_head = head_of(dq, dq_strides, b, h, q_from, UNIT)
     dq_head += first_query.to(tl.int64) * dq_strides[2] * UNIT
     store_rows(dq_head, dq_strides[2], row, query < N, sum1 * scale, 0, D, UNIT)
     if D2 > 0:
@@ -302,6 +334,9 @@ def _attention_grad_keys(
     delta,
     mask,
     mask_strides,
+    q_starts,
+    k_starts,
+    rows,
     dk,
     dk_strides,
     dv,
@@ -314,6 +349,7 @@ def _attention_grad_keys(
     scale_of_two,
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
+    VARLEN: tl.constexpr,
     MASK: tl.constexpr,
     MASK_OF_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -332,9 +368,14 @@ def _attention_grad_keys(
     row = tl.arange(0, BLOCK_K)
     first_key = block * BLOCK_K
     key = first_key + row
-    k_head = head_of(k, k_strides, b, h, UNIT)
+    q_from = 0
+    k_from = 0
+    if VARLEN:
+        q_from, k_from, N, M = span(q_starts, k_starts, rows, b, N, M)
+        N = tl.where(first_key < M, N, 0)  # beyond the last key nothing is to be done
+    k_head = head_of(k, k_strides, b, h, k_from, UNIT)
     k_tile = load_tile(k_head, k_strides[2], first_key, BLOCK_K, M, True, D, D1, D2, UNIT)
-    v_head = head_of(v, v_strides, b, h, UNIT)
+    v_head = head_of(v, v_strides, b, h, k_from, UNIT)
     v_tile = load_tile(v_head, v_strides[2], first_key, BLOCK_K, M, True, E, E1, E2, UNIT)
 
     k_sum1 = tl.zeros([BLOCK_K, D1], tl.float32)
@@ -356,12 +397,12 @@ def _attention_grad_keys(
             start = (first + step % blocks) * BLOCK_Q
             query = start + tl.arange(0, BLOCK_Q)
             # Beyond the last query the exponent is +inf and all weights are zero.
-            at = (b.to(tl.int64) * heads + q_h) * N + query
+            at = row_terms_at(b, q_h, q_from, heads, N, rows, VARLEN) + query
             exponent = tl.load(exponents + at, mask=query < N, other=float("inf"))[None, :]
             row_delta = tl.load(delta + at, mask=query < N, other=0.0)[None, :]
-            q_head = head_of(q, q_strides, b, q_h, UNIT)
+            q_head = head_of(q, q_strides, b, q_h, q_from, UNIT)
             q_tile = load_tile(q_head, q_strides[2], start, BLOCK_Q, N, True, D, D1, D2, UNIT)
-            g_head = head_of(grad, grad_strides, b, q_h, UNIT)
+            g_head = head_of(grad, grad_strides, b, q_h, q_from, UNIT)
             g_tile = load_tile(g_head, grad_strides[2], start, BLOCK_Q, N, True, E, E1, E2, UNIT)
             scores = dot_rows(k_tile, q_tile, BLOCK_K, BLOCK_Q, D2, PRECISION) * scale_of_two
             scores = masked(
@@ -388,12 +429,12 @@ def _attention_grad_keys(
             if D2 > 0:
                 k_sum2 = tl.dot(slopes, q_tile[1], k_sum2, input_precision=PRECISION)
 
-    dk_head = head_of(dk, dk_strides, b, h, UNIT)
+    dk_head = head_of(dk, dk_strides, b, h, k_from, UNIT)
     dk_head += first_key.to(tl.int64) * dk_strides[2] * UNIT
     store_rows(dk_head, dk_strides[2], row, key < M, k_sum1 * scale, 0, D, UNIT)
     if D2 > 0:
         store_rows(dk_head, dk_strides[2], row, key < M, k_sum2 * scale, D1, D, UNIT)
-    dv_head = head_of(dv, dv_strides, b, h, UNIT)
+    dv_head = head_of(dv, dv_strides, b, h, k_from, UNIT)
     dv_head += first_key.to(tl.int64) * dv_strides[2] * UNIT
     store_rows(dv_head, dv_strides[2], row, key < M, v_sum1, 0, E, UNIT)
     if E2 > 0:
