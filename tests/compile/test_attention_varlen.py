@@ -11,10 +11,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from targets import CAPABILITIES, Compiled, compiled, recorded  # noqa: E402
+from targets import CAPABILITIES, Compiled, compiled, recorded
 
-from vqkernels.selection import family  # noqa: E402
-from vqkernels.triton import attention_varlen, attention_varlen_backward  # noqa: E402
+from vqkernels.selection import family
+from vqkernels.triton import attention_varlen, attention_varlen_backward
 
 KERNELS = ("_attention_forward", "_attention_grad_queries", "_attention_grad_keys")
 

@@ -57,7 +57,7 @@ def attention_varlen_with_lse(
     out = q.new_empty(*q.shape[:2], v.shape[-1])  # [T, H, e]
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)  # [H, T]
     for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
-        sample = (as_sample(t) for t in (q[rows], k[keys], v[keys]))
+        sample = as_sample(q[rows]), as_sample(k[keys]), as_sample(v[keys])
         results = one_length.attention_with_lse(*sample, None, is_causal, scale)
         as_sample(out)[:, :, rows], lse[:, rows] = results[0], results[1][0]
     return out, lse
@@ -80,8 +80,8 @@ def attention_varlen_backward(
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
         places = (rows, keys, keys)
-        sample = (as_sample(t[at]) for t, at in zip((q, k, v), places, strict=True))
-        of_grad, of_out = (as_sample(t[rows]) for t in (grad, out))
+        sample = as_sample(q[rows]), as_sample(k[keys]), as_sample(v[keys])
+        of_grad, of_out = as_sample(grad[rows]), as_sample(out[rows])
         found = one_length.attention_backward(
             of_grad, *sample, of_out, lse[None, :, rows], None, is_causal, scale
         )

@@ -35,7 +35,7 @@ def attention_varlen(
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    sample = (as_sample(t) for t in (q, k, v, out))
+    sample = as_sample(q), as_sample(k), as_sample(v), as_sample(out)
     forward(*sample, lse[None], None, is_causal, scale, sequences, config=config)
     return out, lse
 
@@ -58,6 +58,6 @@ def attention_varlen_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their dtypes and layouts."""
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    sample = (as_sample(t) for t in (grad, q, k, v, out))
+    sample = as_sample(grad), as_sample(q), as_sample(k), as_sample(v), as_sample(out)
     grads = backward(*sample, lse[None], None, is_causal, scale, sequences, configs=configs)
     return tuple(t[0].transpose(0, 1) for t in grads)  # type: ignore[return-value]
