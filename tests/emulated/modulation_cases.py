@@ -143,6 +143,21 @@ def _views(calls: CudaCalls) -> None:
         judge(modulation_calls.gate(calls), eager_gate, inputs[:3], grads)
 
 
+def _far_mean(calls: CudaCalls) -> None:
+    """A mean far above the deviation costs no digits, nor does a stream's rounding count twice."""
+    draw, zero = Draw(), torch.zeros(1, 40)
+    x = draw(1, 3, 40) + 1e5
+    out = modulation_calls.norm(calls, "layer")(x, zero, zero)
+    assert (out.double() - eager_norm("layer")(x.double(), zero, zero)).abs().max() <= 2e-6
+
+    draw = Draw(BF16)
+    residual, branch = draw(1, 3, 40) + 256, draw(1, 3, 40)
+    gate, shift, scale = (draw(1, 40) for _ in range(3))
+    normed, stream = modulation_calls.fused(calls, "layer")(residual, branch, gate, shift, scale)
+    exact = eager_norm("layer")(stream.double(), shift.double(), scale.double())
+    assert_rounded_once([normed], [exact])
+
+
 def _one_gradient(calls: CudaCalls) -> None:
     """Nothing passes by the norm."""
     draw = Draw()
@@ -180,6 +195,7 @@ def cases() -> list[Case]:
         _mixed("float-stream-halves", FP32, FP16, FP32, 132),
         _mixed("half-stream", BF16, FP32, FP32, 40),
         _mixed("halves", FP16, BF16, FP16, 16),
+        Case("modulation-far-mean", _far_mean),
         Case("modulation-views", _views),
         Case("modulation-one-gradient", _one_gradient),
     ]
