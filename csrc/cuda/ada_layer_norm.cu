@@ -86,8 +86,9 @@ __device__ __forceinline__ Normal normal_of(const float (&values)[kPieces][kCoun
 
 enum Kind { kFactor, kAddend, kGate };  // of vectors in shared memory; a gate alone is the first
 
+// One block: else the compiler takes 40 registers for some of these, and spills.
 template <typename T, int kPieces, bool kNorm, bool kGated>
-__global__ void __launch_bounds__(kMostWarps* kWarp) modulate_rows(Modulate call, Tiles tiles) {
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1) modulate_rows(Modulate call, Tiles tiles) {
   constexpr int kCount = kPiece<T>, kGateKind = kNorm ? kGate : 0;
   __shared__ RowSums::Slots slots;
   VQKERNELS_DYNAMIC_SHARED(float, memory);

@@ -167,7 +167,7 @@ int run(char** arguments) {
   };
   Context context;
   context.device = {int(number(2)), int(number(3)), int(number(4)), int(number(5))};
-  context.allocate = [](int64_t) { return nowhere<void>(); };
+  context.allocate = [](int64_t) { return static_cast<void*>(nowhere<char>() + kAddress); };
   if (run_modulation(op, dtype(6), dtype(7), number(8), number(10), context)) return 0;
   const Rows x = rows_of(dtype(6), number(8), number(10));
   const Rows codebook = rows_of(dtype(7), number(9), number(10));

@@ -235,6 +235,22 @@ def test_kernels_stay_within_their_means(
     TABLE.skip_if_unknown(compiler)
 
 
+def test_modulated_rows_move_in_pieces_of_16_bytes(
+    kernels: dict[tuple[str, str], Code],
+) -> None:
+    """As many loads and stores as a thread has pieces of a row, at least, and no spills."""
+    seen = 0
+    for (target, name), code in kernels.items():
+        kernel, variant = _plain(demangled([name])[0])
+        if not kernel.startswith("modulate_rows"):
+            continue
+        pieces = int(variant.split()[1])
+        assert min(code.wide["LDG"], code.wide["STG"]) >= pieces, f"{target} {kernel} {variant}"
+        assert code.spills == 0, f"{target} {kernel} {variant}"
+        seen += 1
+    assert seen >= len(TARGETS) * 2 * 3 * 3
+
+
 def _plain(name: str) -> tuple[str, str]:
     """A kernel's name and its template's arguments: "search_tiles", "fp16 false 2"."""
     name = name.replace("(anonymous namespace)::", "").replace("vqkernels::cuda::", "")
