@@ -17,8 +17,7 @@ from _helpers.modulation import (
     randn,
     vector,
 )
-from _helpers.precision import forward_and_backward, judge
-from torch import Tensor
+from _helpers.precision import assert_rounded_once, forward_and_backward, judge
 from torch.nn import functional as F
 
 import vqkernels
@@ -129,12 +128,6 @@ def test_vectors_and_branch_of_another_dtype(backend: str, half: torch.dtype) ->
     exact = forward_and_backward(eager_gate, [t.double() for t in inputs], [grad.double()])
     assert [t.dtype for t in found] == [half, half, single, single]
     assert_rounded_once(found, exact)
-
-
-def assert_rounded_once(found: list[Tensor], exact: list[Tensor]) -> None:
-    for mine, true in zip(found, exact, strict=True):
-        rounding = torch.finfo(mine.dtype).eps / 2 * true.abs() + 2e-6 * true.abs().max()
-        assert ((mine.double() - true).abs() <= rounding).all()
 
 
 @every_capability

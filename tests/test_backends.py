@@ -293,6 +293,29 @@ def test_triton_is_the_first_choice_for_attention(
 
 
 @pytest.mark.parametrize(
+    "op", ["ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm"]
+)
+def test_triton_is_the_first_choice_for_modulation(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch, op: str
+) -> None:
+    gpu(80)
+    x = torch.empty(2, 8, 33, dtype=torch.float16, device="cuda")
+    vectors = [torch.empty(2, 33, dtype=of, device="cuda") for of in (torch.float32, x.dtype)]
+    for tensors in ((x, *vectors), (x, x.bfloat16(), *vectors), (x.float(), *vectors)):
+        assert backends.select(op, *tensors) == "triton"
+        assert explain(op, *tensors).reasons["cuda"] == "could serve the call"
+        with use_backend("cuda"):
+            assert backends.select(op, *tensors) == "cuda"
+    double = (x.double(), *vectors)
+    assert backends.select(op, *double) == "reference"
+    with use_backend("cuda"), pytest.raises(ValueError, match="got torch.float64"):
+        backends.select(op, *double)
+    monkeypatch.setattr(backends, "_TRITON_INSTALLED", False)
+    backends._chosen.clear()
+    assert backends.select(op, x, *vectors) == "cuda"
+
+
+@pytest.mark.parametrize(
     ("dim", "columns", "dtype", "reason"),
     [
         (88, 88, torch.float16, r"64, 72, 80, 96, 128 columns, got 88 of q and 88 of v"),

@@ -77,7 +77,7 @@ class ModulationCase:
         return Inputs(*on_device)
 
     def providers(self, device: Device) -> tuple[Provider, ...]:
-        names = ("cpu", "reference") if device.dry else ("triton",)
+        names = ("cpu", "reference") if device.dry else ("cuda", "triton")
         mine = tuple(self._ours(name) for name in names if _serves(name, self.row.op, device))
         return mine + self.row.providers()[1:]
 

@@ -7,14 +7,14 @@
 //   products      4 B H N M d = 0.41 TFLOP: 0.64 ms
 //   exponentials  B H N M / (132 16 1.755 GHz): 0.43 ms, beside the products of the other block
 //   shared reads  of a warp's 32 queries and a tile of 64 keys: queries, keys and values once each,
-//                 (32 + 64 + 64) 2 d bytes for 64 d / 8 products of 16 x 8 x 16, so 160 bytes, 1.3
-//                 cycles, a product, which takes 1.5; with 16 queries a warp they would be 2.5
+//                 (32 + 64 + 64) 2 d bytes for 2 d products of 16 x 8 x 16: 160 bytes, 1.3 cycles,
+//                 each, which takes 1.5; with 16 queries a warp they would be 2.3
 //   bytes         q, k, v, out once: 0.2 GB, 0.06 ms
 //
 // A block has 128 queries, 4 warps of 32. Registers of a thread: sums of 2 x d / 8 tiles, 4 each
-// (64 at d = 64, 128 at 128), 64 scores, which become weights and then operands in place, operands
-// of one step, 8 + 4. That leaves two blocks a multiprocessor at every d, so queries stay in shared
-// memory: 128 rows, and three tiles of 64 keys or values, 40 KB at d = 64, 80 KB at d = 128.
+// (64 at d = 64, 128 at 128); 64 scores, or 32, which become weights and then operands in place;
+// operands of one step, 8 + 4. That leaves two blocks a multiprocessor at every d. Queries stay in
+// shared memory, beside three tiles of 64 keys or values or five of 32: 36 to 72 KB.
 //
 // d = 72 costs 72 columns, not 80: q k^T ends with a step of 8, and its sums are 9 tiles wide.
 #include <stdexcept>

@@ -27,11 +27,24 @@ struct HeadRows {
   static constexpr int kNeighbours = kPieces % 8 == 0 ? 8 : (kPieces & -kPieces);
 
   // Where a piece of a row lies.
-  static __device__ __forceinline__ int at(int row, int piece) {
+  static constexpr __host__ __device__ __forceinline__ int at(int row, int piece) {
     const int round = row / (8 / kNeighbours) % kNeighbours;
     return row * kRowBytes + ((piece ^ round) << 4);
   }
 };
+
+template <int kDim>
+constexpr bool meets_every_bank_once() {
+  for (int piece = 0; piece < HeadRows<kDim>::kPieces; ++piece) {
+    int banks = 0;  // a bit for each 16 bytes of 128
+    for (int row = 0; row < 8; ++row) banks |= 1 << (HeadRows<kDim>::at(row, piece) / 16 % 8);
+    if (banks != 255) return false;
+  }
+  return true;
+}
+static_assert(meets_every_bank_once<64>() && meets_every_bank_once<72>() &&
+              meets_every_bank_once<80>() && meets_every_bank_once<96>() &&
+              meets_every_bank_once<128>());
 
 // A block's shared memory: its queries, then a ring of tiles of keys and of values.
 template <int kDim, bool kMasked>

@@ -4,6 +4,8 @@
 //   cuda_launches OP CAPABILITY MULTIPROCESSORS SHARED_BLOCK SHARED_TOTAL X_DTYPE BOOK_DTYPE
 //                 ROWS CODES DIM
 //
+// Of the modulation ops BOOK_DTYPE is the branch's.
+//
 // A line a launch: the kernel's mangled name, its threads a block, its bytes of dynamic shared
 // memory.
 #include <cuda_runtime_api.h>
@@ -14,6 +16,7 @@
 #include <string>
 
 #include "attention.h"
+#include "modulation.h"
 #include "nearest_code.h"
 #include "peak.h"
 #include "quantize.h"
@@ -112,6 +115,49 @@ Rows rows_of(DType dtype, int64_t count, int64_t width) {
   return rows;
 }
 
+Tokens tokens_of(DType dtype, int64_t width) { return {nowhere<void>(), dtype, {0, width}}; }
+
+Vectors vectors_of(int64_t tokens) { return {nowhere<void>(), DType::f32, {}, tokens}; }
+
+VectorGradients gradients_of(int64_t tokens) { return {nowhere<void>(), DType::f32, tokens}; }
+
+// Runs `op` if it is a modulation op: one sample, one vector of each kind.
+bool run_modulation(const std::string& op, DType stream, DType branch, int64_t tokens,
+                    int64_t width, const Context& context) {
+  const bool gated = op.rfind("gated_residual", 0) == 0;
+  const bool normalized = op.find("ada_layer_norm") != std::string::npos;
+  if (!gated && !normalized) return false;
+  const Tokens of_stream = tokens_of(stream, width), of_branch = tokens_of(branch, width);
+  const auto sized = [&](auto problem) {
+    problem.batch = 1;
+    problem.tokens = tokens;
+    problem.width = width;
+    problem.statistics = nowhere<float>();
+    return problem;
+  };
+  if (op.find("backward") == std::string::npos) {
+    auto problem = sized(Modulate());
+    problem.x = of_stream;
+    if (gated) problem.branch = of_branch;
+    if (gated) problem.stream = of_stream;
+    if (gated) problem.gate = vectors_of(tokens);
+    if (normalized) problem.out = of_stream;
+    if (normalized) problem.shift = problem.scale = vectors_of(tokens);
+    modulate(problem, context);
+    return true;
+  }
+  auto problem = sized(ModulateBackward());
+  problem.grad = of_stream;
+  if (normalized) problem.x = problem.grad_x = of_stream;
+  if (normalized) problem.scale = vectors_of(tokens);
+  if (normalized) problem.grad_shift = problem.grad_scale = gradients_of(tokens);
+  if (gated) problem.branch = problem.grad_branch = of_branch;
+  if (gated) problem.gate = vectors_of(tokens);
+  if (gated) problem.grad_gate = gradients_of(tokens);
+  modulate_backward(problem, context);
+  return true;
+}
+
 int run(char** arguments) {
   const std::string op = arguments[1];
   const auto number = [&](int i) { return std::atoll(arguments[i]); };
@@ -121,7 +167,8 @@ int run(char** arguments) {
   };
   Context context;
   context.device = {int(number(2)), int(number(3)), int(number(4)), int(number(5))};
-  context.allocate = [](int64_t) { return nowhere<void>(); };
+  context.allocate = [](int64_t) { return static_cast<void*>(nowhere<char>() + kAddress); };
+  if (run_modulation(op, dtype(6), dtype(7), number(8), number(10), context)) return 0;
   const Rows x = rows_of(dtype(6), number(8), number(10));
   const Rows codebook = rows_of(dtype(7), number(9), number(10));
   Labels labels;

@@ -39,6 +39,7 @@ class Code:
         instructions: how often each stands in it.
         loops: the same for each loop, those around others included.
         innermost_loops: the same for those around no other.
+        wide: accesses of global memory by 16 bytes a thread, LDG and STG.
     """
 
     registers: int
@@ -46,6 +47,7 @@ class Code:
     instructions: collections.Counter[str]
     loops: list[collections.Counter[str]]
     innermost_loops: list[collections.Counter[str]]
+    wide: collections.Counter[str]
 
     @staticmethod
     def of(registers: int, static_shared: int, lines: list[str]) -> Code:
@@ -59,7 +61,10 @@ class Code:
             [instructions(lines[first:last]) for first, last in found]
             for found in (ranges, innermost)
         ]
-        return Code(registers, static_shared, instructions(lines), *counts)
+        wide = re.findall(r"\b(LDG|STG)\.E\S*\.128\b", "\n".join(lines))
+        return Code(
+            registers, static_shared, instructions(lines), *counts, collections.Counter(wide)
+        )
 
     @property
     def spills(self) -> int:

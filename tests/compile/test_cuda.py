@@ -26,6 +26,13 @@ from vqkernels.backends import CUDA_ATTENTION_DIMS
 
 TARGETS = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OPS = ("nearest_code", "quantize", "quantize_backward_x", "quantize_backward_codebook")
+MODULATIONS = tuple(
+    f"{op}{of}"
+    for op in ("ada_layer_norm", "gated_residual", "gated_residual_ada_layer_norm")
+    for of in ("", "_backward")
+)
+# Columns of common models, and before them what takes one and two pieces a thread.
+_WIDTHS = (128, 256, 384, 768, 1024, 1152, 1536, 3072)
 ATTENTION = ("attention", "attention_masked")  # one op, calls without and with a mask
 ROWS, CODES = 1 << 17, 1 << 14
 _WITH_PRODUCTS = ("search_tiles", "search_warpgroups", "products", "attend")
@@ -72,6 +79,11 @@ def calls() -> Iterator[Call]:
         for x, book in _DTYPES:
             for dim in (64, 7):
                 yield Call(op, x, book, dim)
+    for op in MODULATIONS:
+        for x, branch in _DTYPES[:3]:
+            for dim in _WIDTHS:
+                yield Call(op, x, branch, dim)
+        yield Call(op, "fp32", "fp32", 7)
     for op in ATTENTION:
         for x, book in _DTYPES[1:3]:
             for dim in CUDA_ATTENTION_DIMS:
@@ -223,6 +235,22 @@ def test_kernels_stay_within_their_means(
     TABLE.skip_if_unknown(compiler)
 
 
+def test_modulated_rows_move_in_pieces_of_16_bytes(
+    kernels: dict[tuple[str, str], Code],
+) -> None:
+    """As many loads and stores as a thread has pieces of a row, at least, and no spills."""
+    seen = 0
+    for (target, name), code in kernels.items():
+        kernel, variant = _plain(demangled([name])[0])
+        if not kernel.startswith("modulate_rows"):
+            continue
+        pieces = int(variant.split()[1])
+        assert min(code.wide["LDG"], code.wide["STG"]) >= pieces, f"{target} {kernel} {variant}"
+        assert code.spills == 0, f"{target} {kernel} {variant}"
+        seen += 1
+    assert seen >= len(TARGETS) * 2 * 3 * 3
+
+
 def _plain(name: str) -> tuple[str, str]:
     """A kernel's name and its template's arguments: "search_tiles", "fp16 false 2"."""
     name = name.replace("(anonymous namespace)::", "").replace("vqkernels::cuda::", "")
@@ -243,7 +271,7 @@ def test_it_loads_in_a_torch_with_cuda(built: Built, tmp_path: Path) -> None:
     (tmp_path / "vqkernels/lib").mkdir()
     shutil.copy(built.object, tmp_path / "vqkernels/lib")
     done = subprocess.run(
-        [python, "-c", CHECK_LOADED.format(ops=(*OPS, "attention"))],
+        [python, "-c", CHECK_LOADED.format(ops=(*OPS, *MODULATIONS, "attention"))],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from _helpers.builds import ROOT, build_script, compile_with
+from _helpers.modulation import eager_fused, eager_gate, eager_norm
+from _helpers.precision import judge
 from torch import Tensor
 
 from vqkernels.reference import attention as attention_reference
@@ -267,6 +269,14 @@ def test_attention_refuses_what_it_has_no_kernel_for(ops: torch._ops._OpNamespac
         ops.attention(half, half, half, None, False, 0.125, 0.5, torch.tensor(1))
 
 
+def test_heads_of_too_many_rows_are_refused(ops: torch._ops._OpNamespace) -> None:
+    few = torch.ones(1, 1, 1, 64).half()
+    many = few.expand(1, 1, (1 << 30) + 1, 64)
+    for q, k in ((many, few), (few, many)):
+        with pytest.raises(ValueError, match=r"at most 2\^30 rows a head, got 1073741825"):
+            ops.attention(q, k, k, None, False, 0.125)
+
+
 def test_gradients_follow_a_forward_by_cuda(ops: torch._ops._OpNamespace) -> None:
     leaves = [x.requires_grad_() for x in heads()]
     grad = torch.randn(2, 4, 20, 64).bfloat16()
@@ -276,3 +286,100 @@ def test_gradients_follow_a_forward_by_cuda(ops: torch._ops._OpNamespace) -> Non
         results.append(torch.autograd.grad(out, leaves, grad))
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-2, atol=1e-2)
+
+
+def modulated(op: str, backend: str = "cuda") -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
+    """One of the modulation ops on its tensors, with gradients."""
+    of = getattr(torch.ops.vqkernels, op)
+    if op == "gated_residual":
+        return lambda *tensors: of(*tensors, backend)
+    if op == "ada_layer_norm":
+        return lambda *tensors: of(*tensors, None, None, 1e-6, "layer", backend)[0]
+    return lambda *tensors: of(*tensors, 1e-6, "layer", backend)[:2]
+
+
+MODULATED = {
+    "ada_layer_norm": eager_norm("layer"),
+    "gated_residual": eager_gate,
+    "gated_residual_ada_layer_norm": eager_fused("layer"),
+}
+
+
+def tokens_and_vectors(
+    op: str, shape: tuple[int, int, int], frames: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> tuple[list[Tensor], list[Tensor]]:
+    """An op's tokens and its vectors: views of one projection."""
+    batch, _, dim = shape
+    projected = torch.randn(*((batch, frames) if frames else (batch,)), 6 * dim).to(dtype)
+    gate, shift, scale = projected.chunk(6, dim=-1)[1:4]
+    tokens = [torch.randn(shape).to(dtype) for _ in range(1 if op == "ada_layer_norm" else 2)]
+    vectors = {"ada_layer_norm": [shift, scale], "gated_residual": [gate]}
+    return tokens, vectors.get(op, [gate, shift, scale])
+
+
+TOKEN_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "tokens-first": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "misplaced": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "shifted": shifted,
+    "columns-apart": lambda x: x.mT.contiguous().mT,
+    "broadcast": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("op", MODULATED)
+@pytest.mark.parametrize("layout", TOKEN_LAYOUTS)
+def test_layouts_of_tokens(ops: torch._ops._OpNamespace, layout: str, op: str) -> None:
+    of = TOKEN_LAYOUTS[layout]
+    for frames in (0, 5, 10):
+        tokens, vectors = tokens_and_vectors(op, (3, 10, 24), frames)
+        grads = [of(torch.randn(3, 10, 24).bfloat16()) for _ in range(2)]
+        judge(modulated(op), MODULATED[op], [*map(of, tokens), *vectors], grads)
+
+
+@pytest.mark.parametrize("op", MODULATED)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (1, 4, 1), (4, 1, 5), (1, 1, 1)])
+def test_one_row_or_one_column(
+    ops: torch._ops._OpNamespace, shape: tuple[int, int, int], op: str
+) -> None:
+    tokens, vectors = tokens_and_vectors(op, shape, dtype=torch.float32)
+    grads = [torch.randn(shape) for _ in range(2)]
+    judge(modulated(op), MODULATED[op], [*tokens, *vectors], grads)
+
+
+@pytest.mark.parametrize("weight", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize("bias", [None, torch.bfloat16])
+def test_weight_and_bias(
+    ops: torch._ops._OpNamespace, weight: torch.dtype | None, bias: torch.dtype | None
+) -> None:
+    """What is not given has a gradient without elements; strides are read or copied."""
+    x, shift, scale = (torch.randn(*shape) for shape in ((2, 9, 20), (2, 20), (2, 20)))
+    grad = torch.randn(2, 9, 20)
+    rows = [None if of is None else torch.randn(20, 3).to(of)[:, 1] for of in (weight, bias)]
+    reference = torch.ops.vqkernels
+    arguments = (x, shift, scale, *rows, 1e-6, "layer")
+    out, statistics = ops.ada_layer_norm(*arguments)
+    expected = reference.ada_layer_norm(*arguments, "reference")
+    torch.testing.assert_close((out, statistics), expected)
+    arguments = (grad, x, shift, scale, *rows, statistics, "layer")
+    found = ops.ada_layer_norm_backward(*arguments)
+    expected = reference.ada_layer_norm_backward(*arguments, "reference")
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.shape == other.shape
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("op", MODULATED)
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
+def test_no_tokens(ops: torch._ops._OpNamespace, shape: tuple[int, int, int], op: str) -> None:
+    tokens, vectors = tokens_and_vectors(op, shape)
+    leaves = [t.requires_grad_() for t in (*tokens, *(v.detach() for v in vectors))]
+    results = []
+    for backend in ("cuda", "reference"):
+        outputs = modulated(op, backend)(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = [torch.ones_like(of) for of in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, grads)])
+    for mine, other in zip(*results, strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)

@@ -86,8 +86,12 @@ def of_batches(calls: CudaCalls) -> None:
 
 
 def shared_keys(calls: CudaCalls) -> None:
-    tensors = make(20, 40, 96, FP16, batch=2, heads=2, key_heads=1)
-    check_attention(calls, *tensors, attn_mask=mask_of("heads", 20, 40, FP16))
+    check_attention(calls, *make(20, 40, 96, FP16, heads=4, key_heads=2))
+
+
+def of_heads(calls: CudaCalls) -> None:
+    mask = mask_of("heads", 5, 40, BF16)
+    check_attention(calls, *make(5, 40, 96, BF16, batch=2, heads=2), attn_mask=mask)
 
 
 def no_keys(calls: CudaCalls) -> None:
@@ -105,5 +109,6 @@ RUNS: dict[str, Callable[[CudaCalls], None]] = {
     "added": added,
     "of-batches": of_batches,
     "shared-keys": shared_keys,
+    "of-heads": of_heads,
     "no-keys": no_keys,
 }

@@ -6,29 +6,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import attention_cases
+import modulation_cases
 import torch
 from _helpers import data, exact, formulas
-from cuda_calls import HOPPER, SMALL, CudaCalls, Device
+from cuda_calls import HOPPER, SMALL, Case, CudaCalls, Device
 from torch import Tensor
 
 import vqkernels
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@dataclass(frozen=True)
-class Case:
-    """`run` calls kernels and raises AssertionError where they are wrong."""
-
-    name: str
-    run: Callable[[CudaCalls], None]
-    device: Device = HOPPER
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def check_nearest(calls: CudaCalls, x: Tensor, codebook: Tensor, metric: str, **more) -> Tensor:
@@ -217,4 +205,5 @@ def cases() -> list[Case]:
         _quantize("mixed", (BF16, FP32), dim=17, books=2, rows=90, gradient="none", masked=True),
         Case("book-gradient", _collapsed_book),
         *(Case(f"attention-{name}", run) for name, run in attention_cases.RUNS.items()),
+        *modulation_cases.cases(),
     ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _METRICS = {"l2": 0, "dot": 1, "cosine": 2}
 _GRADIENTS = {"straight_through": 0, "rotation": 1, "none": 2}
 
@@ -25,6 +26,18 @@ class Device:
 
 HOPPER = Device()
 SMALL = Device(capability=89, shared_block=99 << 10, shared_total=100 << 10)  # two stages
+
+
+@dataclass(frozen=True)
+class Case:
+    """`run` calls kernels and raises AssertionError where they are wrong."""
+
+    name: str
+    run: Callable[[CudaCalls], None]
+    device: Device = HOPPER
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class CudaCalls:
@@ -55,16 +68,16 @@ class CudaCalls:
         """`weighed`: int32, one a row, gets how many codes were compared in float64; `warpgroups`:
         1 for mma.sync, 2 for wgmma."""
         indices = torch.full(x.shape[:-1], -7, dtype=torch.int64)
-        self._declare_all([x, codebook], [indices, *([] if weighed is None else [weighed])])
+        self.declare_all([x, codebook], [indices, *([] if weighed is None else [weighed])])
         grouped = codebook.dim() == 3
-        self._run(
+        self.run(
             self.library.emulated_nearest_code,
             _rows(x, grouped),
             _codes(codebook),
             _METRICS[metric],
             _labels(x, grouped),
-            _pointer(indices),
-            _pointer(weighed),
+            pointer(indices),
+            pointer(weighed),
             splits,
             warpgroups,
         )
@@ -80,19 +93,19 @@ class CudaCalls:
         if mask is not None:
             mask = mask.to(torch.uint8)
         given = [x, codebook, *([] if mask is None else [mask])]
-        self._declare_all(given, [indices, quantized, counts, losses])
+        self.declare_all(given, [indices, quantized, counts, losses])
         grouped = codebook.dim() == 3
-        self._run(
+        self.run(
             self.library.emulated_quantize,
             _rows(x, grouped),
             _codes(codebook),
             _METRICS[metric],
             _labels(x, grouped),
-            _pointer(indices),
-            _pointer(mask),
+            pointer(indices),
+            pointer(mask),
             _rows(quantized, grouped),
-            _pointer(counts),
-            _pointer(losses),
+            pointer(counts),
+            pointer(losses),
         )
         return quantized, indices, losses[0], losses[1], counts
 
@@ -107,17 +120,17 @@ class CudaCalls:
     ) -> Tensor:
         grad_x = torch.empty_like(x).fill_(7)
         given = [x, codebook, indices, grad_quantized, grad_commitment]
-        self._declare_all([tensor for tensor in given if tensor is not None], [grad_x])
+        self.declare_all([tensor for tensor in given if tensor is not None], [grad_x])
         grouped = codebook.dim() == 3
-        self._run(
+        self.run(
             self.library.emulated_quantize_backward_x,
             _rows(x, grouped),
             _codes(codebook),
             _labels(x, grouped),
-            _pointer(indices),
+            pointer(indices),
             _GRADIENTS[gradient],
             None if grad_quantized is None else _rows(grad_quantized, grouped),
-            _pointer(grad_commitment),
+            pointer(grad_commitment),
             _rows(grad_x, grouped),
         )
         return grad_x
@@ -127,25 +140,25 @@ class CudaCalls:
     ) -> Tensor:
         grouped = codebook.dim() == 3
         keys = torch.full((indices.numel(),), -7, dtype=torch.int32)
-        self._declare_all([indices], [keys])
-        self._run(
+        self.declare_all([indices], [keys])
+        self.run(
             self.library.emulated_code_keys,
             _rows(x, grouped),
             _labels(x, grouped),
-            _pointer(indices),
+            pointer(indices),
             ctypes.c_int64(codebook.shape[-2]),
-            _pointer(keys),
+            pointer(keys),
         )
         keys, order = torch.sort(keys, stable=True)
         grad = torch.full(codebook.shape, 7.0, dtype=codebook.dtype)
-        self._declare_all([grad_codebook_loss, x, codebook, keys, order], [grad])
-        self._run(
+        self.declare_all([grad_codebook_loss, x, codebook, keys, order], [grad])
+        self.run(
             self.library.emulated_quantize_backward_codebook,
             _rows(x, grouped),
             _codes(codebook),
-            _pointer(grad_codebook_loss),
-            _pointer(keys),
-            _pointer(order),
+            pointer(grad_codebook_loss),
+            pointer(keys),
+            pointer(order),
             _codes(grad),
         )
         return grad
@@ -154,23 +167,23 @@ class CudaCalls:
         """What the measuring kernel leaves in its sink, and the multiply-adds it ran."""
         sink = torch.full((256 * self.device.multiprocessors,), torch.nan)
         products = ctypes.c_int64(0)
-        self._declare_all([], [sink])
-        self._run(
+        self.declare_all([], [sink])
+        self.run(
             self.library.emulated_tensor_core_peak,
-            _DTYPES[dtype],
+            DTYPES[dtype],
             repeats,
-            _pointer(sink),
+            pointer(sink),
             ctypes.byref(products),
         )
         return sink, products.value
 
-    def _declare_all(self, given: list[Tensor], written: list[Tensor]) -> None:
+    def declare_all(self, given: list[Tensor], written: list[Tensor]) -> None:
         for tensor in given:
             self.declare(tensor, True)
         for tensor in written:
             self.declare(tensor, False)
 
-    def _run(self, function, *args) -> None:
+    def run(self, function, *args) -> None:
         device = (ctypes.c_int64 * 4)(
             self.device.capability,
             self.device.multiprocessors,
@@ -183,7 +196,7 @@ class CudaCalls:
             raise RuntimeError(problem.decode())
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
@@ -206,7 +219,7 @@ def _rows(tensor: Tensor, grouped: bool) -> ctypes.Array:
     sizes, strides = _grid(tensor, grouped)
     return (ctypes.c_int64 * 12)(
         tensor.data_ptr(),
-        _DTYPES[tensor.dtype],
+        DTYPES[tensor.dtype],
         tensor.shape[-3] if grouped else 1,
         sizes[0] * sizes[1] * sizes[2],
         tensor.shape[-1],
@@ -222,7 +235,7 @@ def _codes(codebook: Tensor) -> ctypes.Array:
     books = codebook if codebook.dim() == 3 else codebook[None]
     stride = books.stride()
     return (ctypes.c_int64 * 12)(
-        books.data_ptr(), _DTYPES[books.dtype], *books.shape, 1, 1, stride[1], 0, 0, stride[0],
+        books.data_ptr(), DTYPES[books.dtype], *books.shape, 1, 1, stride[1], 0, 0, stride[0],
         stride[2],
     )  # fmt: skip
 

@@ -131,7 +131,118 @@ FAULTS = (
         "other = 1; other < groups - 1;",
     ),
     Fault("code over two chunks", "quantize.cu", "if (goes_on && !began_before)", "if (false)"),
+    Fault("row of keys", "attention_tiles.h", "lane % 8 + lane / 16 * 8", "lane % 16"),
+    Fault(
+        "fragment of keys", "attention_tiles.h", "step * 2 + lane / 8 % 2", "step * 2 + lane / 16"
+    ),
+    Fault(
+        "fragment of values", "attention_tiles.h", "pair * 2 + lane / 16", "pair * 2 + lane / 8 % 2"
+    ),
+    Fault(
+        "last eight columns of queries",
+        "attention_tiles.h",
+        "queries + Tile::at(m * 16 + lane % 16, Tile::kPieces - 1)",
+        "queries + Tile::at(m * 16 + lane % 16, Tile::kPieces - 2)",
+    ),
+    Fault(
+        "row behind the last key",
+        "attention_tiles.h",
+        "const bool inside = first + row < end;",
+        "const bool inside = first + row <= end;",
+        "out of bounds",
+    ),
+    Fault("key behind the last", "attention.cu", "place.key(n, i) >= end", "place.key(n, i) > end"),
+    Fault("diagonal", "attention.cu", "min(place.query(slot) + 1,", "min(place.query(slot),"),
+    Fault(
+        "mask of a row that is none",
+        "attention.cu",
+        "min(place.query(slot), call.queries - 1)",
+        "place.query(slot)",
+        "out of bounds",
+    ),
+    Fault("head of keys", "attention.cu", "head / (call.heads / call.key_heads)", "head / 4"),
+    Fault(
+        "sum that does not fade",
+        "attention.cu",
+        "total[slot] = fmaf(total[slot], faded, sum);",
+        "total[slot] += sum;",
+    ),
+    Fault("values that do not fade", "attention.cu", "out[m][n][first] *= faded;", ""),
+    Fault("row that sees no key", "attention.cu", "risen == -INFINITY ? 0.0f : risen;", "risen;"),
+    Fault("ring of tiles", "attention.cu", "read_slot + 1 == kSlots", "read_slot + 2 == kSlots"),
+    Fault(
+        "row behind the last query",
+        "attention.cu",
+        "if (query >= call.queries) break;",
+        "if (query > call.queries) break;",
+        "out of bounds",
+    ),
+    Fault(
+        "row behind a span",
+        "modulation_rows.h",
+        "end = start + min(first + tiles.rows, tiles.length);",
+        "end = start + first + tiles.rows;",
+    ),
+    Fault("vector of a frame", "modulation_rows.h", "tile.begin / unsigned(vectors.each)", "0"),
+    Fault(
+        "piece behind the last",
+        "modulation_rows.h",
+        "if (column < width) f(i, column);",
+        "f(i, column);",
+        "out of bounds",
+    ),
+    Fault(
+        "pieces that memory does not align",
+        "modulation_rows.h",
+        "of->data == nullptr || are_packed(of->data, of->dtype, of->strides, count)",
+        "true",
+        "misaligned",
+    ),
+    Fault("turns of row sums", "modulation_rows.h", "turn_ ^= 1;", "", "race"),
+    Fault("last warp of a row", "modulation_rows.h", "warp < warps; ++warp", "warp < 2; ++warp"),
+    Fault("what is left of the mean", "ada_layer_norm.cu", "-left * inverse", "left * inverse"),
+    Fault(
+        "sum before it is rounded",
+        "ada_layer_norm.cu",
+        "values[i][e] = element(rounded<T>(sum));",
+        "values[i][e] = sum;",
+    ),
+    Fault("bias under the scale", "ada_layer_norm.cu", "fmaf(bias[e], ones[e]", "fmaf(bias[e], 1"),
+    Fault(
+        "gradient that passes by",
+        "ada_layer_norm_backward.cu",
+        "grads[i][e] += element(passed[i].values[e]);",
+        "grads[i][e] = element(passed[i].values[e]);",
+    ),
+    Fault(
+        "sums of the last group",
+        "ada_layer_norm_backward.cu",
+        "group < int(blockDim.y); ++group",
+        "group < int(blockDim.y) - 1; ++group",
+    ),
+    Fault(
+        "a gradient that is no one chunk's",
+        "ada_layer_norm_backward.cu",
+        "if (alone && rows / of.each == tiles.count)",
+        "if (alone)",
+    ),
+    Fault(
+        "share behind the last chunk",
+        "modulation_sums.h",
+        "min(begin + each, total.chunks)",
+        "begin + each",
+    ),
+    Fault(
+        "bias of a scale's gradient",
+        "modulation_sums.h",
+        "fmaf(beside, element_of",
+        "fmaf(1, element_of",
+    ),
 )
+
+
+def _is_of_modulation(fault: Fault) -> bool:
+    return fault.file.startswith(("ada_layer_norm", "modulation"))
 
 
 def _planted(fault: Fault) -> Emulator:
@@ -143,7 +254,11 @@ def _planted(fault: Fault) -> Emulator:
     shutil.copytree(CSRC, copy, dirs_exist_ok=True)
     (copy / "cuda" / fault.file).write_text(text)
     changed = {"quantize.cu"}
-    if fault.file != "quantize.cu":
+    if fault.file.startswith("attention"):
+        changed = {"attention.cu"}
+    elif _is_of_modulation(fault):
+        changed = {"ada_layer_norm.cu", "ada_layer_norm_backward.cu"}
+    elif fault.file != "quantize.cu":
         changed = {"nearest_code.cu", "search_warpgroups.cu"}
     sources = [copy / "cuda" / path.name if path.name in changed else path for path in KERNELS]
     return Emulator("race", tuple(sources))
@@ -161,7 +276,13 @@ def test_a_planted_fault_is_caught(emulators: dict[Fault, Emulator], fault: Faul
     emulator = emulators[fault]
     emulator.set_order("reverse")
     found = ""
+    of_attention = fault.file.startswith("attention")
+    of_modulation = _is_of_modulation(fault)
     for case in cases():
+        if case.name.startswith("attention") != of_attention:
+            continue
+        if case.name.startswith("modulation") != of_modulation:
+            continue
         try:
             case.run(CudaCalls(emulator.library, emulator.declare, case.device))
         except (AssertionError, RuntimeError) as error:

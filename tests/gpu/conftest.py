@@ -41,13 +41,31 @@ def device() -> str:
 @pytest.fixture(params=BACKENDS)
 def gpu_backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     """Each backend of the GPU, in force during the test."""
-    with vqkernels.use_backend(request.param):
-        x = torch.empty(1, 16, device=device)
+    x = torch.empty(1, 16, device=device)
+    yield from _in_force(request.param, "nearest_code", x, x)
+
+
+@pytest.fixture(params=BACKENDS)
+def attention_backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """The same for attention in half precision."""
+    head = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device=device)
+    yield from _in_force(request.param, "attention", head, head, head)
+
+
+@pytest.fixture(params=BACKENDS)
+def modulation_backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """The same for the norm and the gated sum."""
+    x = torch.empty(1, 1, 8, device=device)
+    yield from _in_force(request.param, "ada_layer_norm", x, x[0], x[0])
+
+
+def _in_force(backend: str, op: str, *tensors: torch.Tensor) -> Iterator[str]:
+    with vqkernels.use_backend(backend):
         try:
-            select("nearest_code", x, x)
+            select(op, *tensors)
         except ValueError as error:
             pytest.skip(str(error))
-        yield request.param
+        yield backend
 
 
 @pytest.fixture(params=[_STAND_IN if DRY_RUN else "triton"])

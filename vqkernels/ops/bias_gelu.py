@@ -70,8 +70,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh
         approximate: "tanh" or "none" (the error function), as in `torch.nn.GELU`.
 
     Returns:
-        `[..., D]` in x's dtype, also under autocast. Infinities give the limits, infinity and 0
-        (`F.gelu` has NaN there, by device and format). Gradients are deterministic.
+        `[..., D]` in x's dtype, also under autocast. Infinities give the limits, infinity and 0 to
+        within 1e-27 (`F.gelu` has NaN there, by device and format). Gradients are deterministic.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.

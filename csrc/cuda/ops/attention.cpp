@@ -1,6 +1,6 @@
 #include "../attention.h"
 
-#include <limits>
+#include <algorithm>
 #include <stdexcept>
 #include <tuple>
 
@@ -8,6 +8,8 @@
 
 namespace vqkernels::cuda {
 namespace {
+
+constexpr int64_t kMostRows = int64_t(1) << 30;  // of a head: numbers of rows are 32-bit
 
 // As reference.like_queries: heads lie beside each other in memory where q has them so.
 Tensor like_queries(const Tensor& q) {
@@ -49,8 +51,10 @@ std::tuple<Tensor, Tensor> attention_op(const Tensor& q_given, const Tensor& k_g
         std::to_string(dim) + " of q and " + std::to_string(columns) + " of v");
   }
   if (dropout_p > 0) throw std::invalid_argument("CUDA attention has no dropout");
-  if (keys > std::numeric_limits<int>::max()) {
-    throw std::invalid_argument("k must have fewer than 2^31 rows, got " + std::to_string(keys));
+  const int64_t rows = std::max(q_given.size(2), keys);
+  if (rows > kMostRows) {
+    throw std::invalid_argument("q and k must have at most 2^30 rows a head, got " +
+                                std::to_string(rows));
   }
   const Tensor out = like_queries(q_given);
   const Tensor lse = empty(leading_sizes(q_given, 3), ScalarType::Float, q_given);
