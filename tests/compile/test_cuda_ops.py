@@ -274,7 +274,7 @@ def test_heads_of_too_many_rows_are_refused(ops: torch._ops._OpNamespace) -> Non
     many = few.expand(1, 1, (1 << 30) + 1, 64)
     for q, k in ((many, few), (few, many)):
         with pytest.raises(ValueError, match=r"at most 2\^30 rows a head, got 1073741825"):
-            ops.attention(q, k, k, None, False, 0.125)
+            ops.attention(q, k, k, None, False, 0.125, 0.0, None)
 
 
 def test_gradients_follow_a_forward_by_cuda(ops: torch._ops._OpNamespace) -> None:
