@@ -308,7 +308,7 @@ def test_triton_is_the_first_choice_for_modulation(
             assert backends.select(op, *tensors) == "cuda"
     double = (x.double(), *vectors)
     assert backends.select(op, *double) == "reference"
-    with use_backend("cuda"), pytest.raises(ValueError, match="got torch.float64"):
+    with use_backend("cuda"), pytest.raises(ValueError, match=r"got torch\.float64"):
         backends.select(op, *double)
     monkeypatch.setattr(backends, "_TRITON_INSTALLED", False)
     backends._chosen.clear()

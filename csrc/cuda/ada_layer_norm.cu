@@ -86,7 +86,7 @@ __device__ __forceinline__ Normal normal_of(const float (&values)[kPieces][kCoun
 
 enum Kind { kFactor, kAddend, kGate };  // of vectors in shared memory; a gate alone is the first
 
-// One block: else the compiler takes 40 registers for some of these, and spills.
+// At least one block: unasked, the compiler aims at more, and spills.
 template <typename T, int kPieces, bool kNorm, bool kGated>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1) modulate_rows(Modulate call, Tiles tiles) {
   constexpr int kCount = kPiece<T>, kGateKind = kNorm ? kGate : 0;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) modulate_rows(Modulate c
 }
 
 // Element by element, of any types: a block a row, which is read from the cache once it was read.
-__global__ void __launch_bounds__(kAnyThreads) modulate_any(Modulate call, Tiles tiles) {
+__global__ void __launch_bounds__(kAnyThreads, 1) modulate_any(Modulate call, Tiles tiles) {
   __shared__ RowSums::Slots slots;
   RowSums sum_row(slots);
   const Tile tile(tiles, blockIdx.x);
@@ -165,11 +165,10 @@ __global__ void __launch_bounds__(kAnyThreads) modulate_any(Modulate call, Tiles
   };
 
   for (unsigned token = tile.begin; token < tile.end; ++token) {
-    const Tokens& source = gated ? call.stream : call.x;
-    const int64_t row = place(source, tile.sample, token);
-    const auto value_at = [&](int64_t column) {
-      return element_of(source.data, dtype, row + column);
-    };
+    const void* source = gated ? call.stream.data : call.x.data;
+    const int64_t row =
+        gated ? place(call.stream, tile.sample, token) : place(call.x, tile.sample, token);
+    const auto value_at = [&](int64_t column) { return element_of(source, dtype, row + column); };
     if (gated) {
       const int64_t x = place(call.x, tile.sample, token);
       const int64_t branch = place(call.branch, tile.sample, token);

@@ -17,8 +17,9 @@ namespace vqkernels::cuda {
 namespace {
 
 constexpr int kMostChunk = 64, kLeastChunk = 8;  // rows
-constexpr int64_t kChunks = 1024;  // shorter chunks while there would be fewer of them
-constexpr int kBackwardWarps = 8;  // of a row
+constexpr int64_t kChunks = 1024;           // shorter chunks while there would be fewer of them
+constexpr int kBackwardWarps = 8;           // of a row
+constexpr int kMostBackwardColumns = 4096;  // that so many warps hold
 constexpr int kAnyThreads = 256;
 
 // Pieces of a row that a thread holds at most.
@@ -62,8 +63,9 @@ __device__ __forceinline__ void store_sums(const Results& to, float* of_groups, 
   }
 }
 
+// At least one block: unasked, the compiler aims at more, and spills.
 template <typename T, int kPieces, bool kNorm, bool kGated>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp)
+__global__ void __launch_bounds__(kBackwardWarps* kWarp, 1)
     modulate_rows_backward(ModulateBackward call, Tiles tiles, ChunkSums to) {
   constexpr int kCount = kPiece<T>, kFactor = 0, kGate = kNorm;
   __shared__ RowSums::Slots slots;
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kBackwardWarps* kWarp)
 
 // Element by element, of any types: a block a chunk; all its rows first for the sums along them,
 // then once more, a column a thread.
-__global__ void __launch_bounds__(kAnyThreads)
+__global__ void __launch_bounds__(kAnyThreads, 1)
     modulate_any_backward(ModulateBackward call, Tiles tiles, ChunkSums to) {
   __shared__ RowSums::Slots slots;
   __shared__ float along_rows[kMostChunk][2];  // constant, slope
@@ -272,9 +274,7 @@ void launch_backward(const ModulateBackward& call, const Tiles& tiles, const Chu
                      const Context& context) {
   const int count = piece_of(call.grad.dtype);
   const bool gated = call.branch.data != nullptr, normalized = call.x.data != nullptr;
-  const int most = count == kPiece<float> ? kMostPieces<float> : kMostPieces<__half>;
-  const bool fits = share_of(call.width / count, most).warps <= kBackwardWarps;
-  if (call.width % count != 0 || (normalized && !fits) ||
+  if (call.width % count != 0 || (normalized && call.width > kMostBackwardColumns) ||
       !is_held_pair(call.grad.dtype, call.branch) ||
       !are_packed(
           {&call.grad, &call.x, &call.grad_x, &call.passed, &call.branch, &call.grad_branch},
