@@ -350,9 +350,10 @@ def test_gradients_of_cuda_attention_are_of_another_backend(
     tensors = heads_on_gpu(64, 64, torch.float16)
     q = tensors[0]
     context = types.SimpleNamespace(
-        saved_tensors=(*tensors, q, q, None),
+        saved_tensors=(*tensors, q, q, None, None),
         is_causal=False,
         scale=0.125,
+        dropout_p=0.0,
         backend="cuda",
     )
     attention_op._backward(context, q, None)

@@ -36,6 +36,8 @@ REPEATED = (
     "test_ada_layer_norm.py",
     "test_bias_gelu.py",
     "test_qk_norm_rope.py",
+    "test_attention_varlen.py",
+    "test_attention_dropout.py",
 )
 
 

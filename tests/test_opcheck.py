@@ -45,6 +45,7 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     allowed = torch.rand(3, 6) > 0.3
     rows, of_keys = torch.randn(7, 4, 8), torch.randn(6, 2, 8)
     starts = tuple(torch.tensor(n, dtype=torch.int32) for n in ([0, 3, 3, 7], [0, 4, 6, 6]))
+    undropped, dropped = (0.0, None), (0.25, torch.tensor(7))
     varying, row_lse = (*starts, 4, 4), torch.rand(4, 7) + 2
     lse, lse6 = torch.rand(2, 4, 3) + 2, torch.rand(2, 3, 6) + 2
     return {
@@ -192,38 +193,80 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
             "gated_residual_ada_layer_norm_backward",
             (branch, None, tokens, branch.half(), gate, shift, scale, statistics, "rms"),
         ),
-        "attention": ("attention", (*heads, None, False, 0.5)),
+        "attention": ("attention", (*heads, None, False, 0.5, *undropped)),
         "attention, causal, gradients": (
             "attention",
-            (*need(*(t.clone() for t in heads)), None, True, 0.5),
+            (*need(*(t.clone() for t in heads)), None, True, 0.5, *undropped),
         ),
         "attention, masked, half": (
             "attention",
-            (*need(*(t.bfloat16() for t in heads)), allowed.expand(2, 4, 3, 6), False, 0.5),
+            (
+                *need(*(t.bfloat16() for t in heads)),
+                allowed.expand(2, 4, 3, 6),
+                False,
+                0.5,
+                *undropped,
+            ),
         ),
         "attention, packed": (
             "attention",
-            (*packed_heads, torch.randn(6, 6).expand(2, 3, 6, 6), False, 0.5),
+            (*packed_heads, torch.randn(6, 6).expand(2, 3, 6, 6), False, 0.5, *undropped),
+        ),
+        "attention, dropout, gradients": (
+            "attention",
+            (*need(*(t.clone() for t in heads)), None, True, 0.5, *dropped),
+        ),
+        "attention_backward, dropout": (
+            "attention_backward",
+            (heads[0] + 1, *heads[:2], heads[1] - 1, heads[0], lse, None, True, 0.5, *dropped),
         ),
         "attention_backward": (
             "attention_backward",
-            (heads[0] + 1, *heads[:2], heads[1] - 1, heads[0], lse, None, True, 0.5),
+            (heads[0] + 1, *heads[:2], heads[1] - 1, heads[0], lse, None, True, 0.5, *undropped),
         ),
         "attention_backward, packed": (
             "attention_backward",
-            (packed_heads[0] + 1, *packed_heads, packed_heads[0], lse6, None, False, 0.5),
+            (
+                packed_heads[0] + 1,
+                *packed_heads,
+                packed_heads[0],
+                lse6,
+                None,
+                False,
+                0.5,
+                *undropped,
+            ),
         ),
         "attention_varlen": (
             "attention_varlen",
-            (*need(rows.clone(), of_keys.clone(), of_keys[..., :5].clone()), *varying, False, 0.5),
+            (
+                *need(rows.clone(), of_keys.clone(), of_keys[..., :5].clone()),
+                *varying,
+                False,
+                0.5,
+                *undropped,
+            ),
+        ),
+        "attention_varlen, dropout": (
+            "attention_varlen",
+            (*need(rows.clone(), of_keys.clone(), of_keys.clone()), *varying, False, 0.5, *dropped),
         ),
         "attention_varlen, packed, half": (
             "attention_varlen",
-            (*torch.randn(7, 3, 4, 8).half().unbind(1), starts[0], starts[0], 4, 4, True, 0.5),
+            (
+                *torch.randn(7, 3, 4, 8).half().unbind(1),
+                starts[0],
+                starts[0],
+                4,
+                4,
+                True,
+                0.5,
+                *undropped,
+            ),
         ),
         "attention_varlen_backward": (
             "attention_varlen_backward",
-            (rows + 1, rows, of_keys, of_keys - 1, rows, row_lse, *varying, True, 0.5),
+            (rows + 1, rows, of_keys, of_keys - 1, rows, row_lse, *varying, True, 0.5, *undropped),
         ),
         "bias_gelu": ("bias_gelu", (tokens, None, "tanh")),
         "bias_gelu, gradients": ("bias_gelu", (*need(tokens.clone(), bias.clone()), "none")),

@@ -123,6 +123,7 @@ class AttentionBackward {
     multiply<Words>({k_words_, dim_words_, weights_, kBackwardQueries, false}, keys_, q_down);
     weigh(of, query, queries);
     multiply<Words>({v_words_, value_words_, ds_, kBackwardQueries, false}, keys_, grad_down);
+    if (of.drop_below > 0) drop(of, query, width);
     differentiate(width, delta_ + at, slopes_ + at, of.scale);
     multiply<Words>({p_words_, kQueryWords, dv_, value_floats_, true}, keys_, grad_across);
     multiply<Words>({ds_words_, kQueryWords, dk_, dim_floats_, true}, keys_, q_across);
@@ -152,6 +153,20 @@ class AttentionBackward {
         const vf weight = exp2<Words::kExpTerms>(power);
         store(row + i, weight);
         put_weights(words, i, weight);
+      }
+    }
+  }
+
+  // Words of the weights that were kept, and grad v^T of them alone.
+  void drop(const AttentionTask& of, int64_t query, int64_t width) {
+    for (int64_t r = 0; r < keys_; r += kKeysOfCounter) {
+      for (int64_t i = 0; i < width; i += kLanes) {
+        each_dropped(of, query + i, key_ + r, [&](int64_t key, vf factor) {
+          if (r + key >= keys_) return;
+          const int64_t at = (r + key) * kBackwardQueries + i;
+          store(ds_ + at, load(ds_ + at) * factor);
+          put_weights(p_words_ + (r + key) * kQueryWords, i, load(weights_ + at) * factor);
+        });
       }
     }
   }

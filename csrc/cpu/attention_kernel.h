@@ -5,6 +5,7 @@
 // L2; the scores of a tile stay in L1.
 #pragma once
 
+#include "attention_dropout.h"
 #include "attention_pack.h"
 #include "scratch.h"
 
@@ -116,6 +117,7 @@ class AttentionHead {
       total_[at + r] += narrow && bound + shift < kNarrow
                             ? exponentials<true>(scores, slope, shift, words)
                             : exponentials<false>(scores, slope, shift, words);
+      if (task_.drop_below > 0) drop_keys(task_, query + r, key_, keys_, words);
     }
     multiply<Words>({weights_, key_words_, sums_ + at * value_floats_, value_floats_, key_ > 0},
                     rows, v_panels());
@@ -170,7 +172,7 @@ class AttentionHead {
     for (int64_t r = 0; r < rows; ++r) {
       const float total = total_[at + r];
       // Not `total > 0`: what is no number has to show.
-      factors[r] = total == 0 ? 0.0f : 1 / total;
+      factors[r] = total == 0 ? 0.0f : task_.kept_factor / total;
       if (task_.lse == nullptr) continue;
       task_.lse[query + r] = total == 0 ? -INFINITY : (most_[at + r] + std::log2(total)) / kLog2E;
     }

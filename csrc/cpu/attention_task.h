@@ -26,12 +26,19 @@ struct AttentionTask {
   int64_t mask_row = 0, mask_col = 0;
   float* lse = nullptr;  // `[queries]`: log of the softmax's denominator; -inf without a key
   int64_t query_begin = 0, query_end = 0;
+  // A weight whose 16-bit number is below `drop_below` is dropped, others times `kept_factor`.
+  uint32_t drop_below = 0;  // 0 for no dropout
+  float kept_factor = 1;
+  uint64_t seed = 0;
+  uint32_t head_number = 0;  // among all heads of all samples
 };
 
 // The gradients of the query heads that share one key head, from some of its keys:
 //
 //   p = exp(scale q.k - lse)    ds = p (grad v^T - delta) scale    delta = sum of grad * out
 //   dv = p^T grad               dk = ds^T q                        dq = ds k
+//
+// With dropout, p in dv and grad v^T are each times the weight's factor.
 struct AttentionBackwardTask {
   const AttentionTask* heads = nullptr;  // `[count]`, with out and lse, all with the same k and v
   const HeadRows* grads = nullptr;       // `[count]`, of their outputs

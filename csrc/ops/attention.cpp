@@ -1,6 +1,7 @@
 // Attention of N queries to M keys, forward and backward, of samples of one length or of varying
 // ones: sequences, heads and blocks of queries or keys are shared among threads.
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -118,6 +119,14 @@ struct Call {
     }
   }
 
+  Call& dropping(double probability, const std::optional<Tensor>& seed) {
+    common.drop_below = uint32_t(std::lround(probability * 65536));
+    if (common.drop_below == 0) return *this;
+    common.kept_factor = float(1 / (1 - common.drop_below / 65536.0));
+    common.seed = uint64_t(*data<int64_t>(*seed));
+    return *this;
+  }
+
   Call& with(const std::optional<Tensor>& attn_mask) {
     if (!attn_mask) return *this;
     mask = Heads(*attn_mask);
@@ -138,6 +147,7 @@ struct Call {
     task.lse = lse + sequence.lse_at + head * lse_stride;
     task.mask = mask.of(sequence.query_at, head).data;
     task.query_end = task.queries;
+    task.head_number = uint32_t((&sequence - sequences.data()) * heads + head);
     return task;
   }
 
@@ -308,39 +318,40 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Call& call, const Tensor& grad
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                      const std::optional<Tensor>& attn_mask, bool is_causal,
-                                     double scale) {
+                                     double scale, double dropout_p,
+                                     const std::optional<Tensor>& seed) {
   Call call(q, k, v, samples_of(q, k), is_causal, scale);
   Tensor out = like_queries(q, v.size(3));
   Tensor lse = empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q);
-  forward(call.with(attn_mask), out, lse);
+  forward(call.with(attn_mask).dropping(dropout_p, seed), out, lse);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q,
-                                                      const Tensor& k, const Tensor& v,
-                                                      const Tensor& out, const Tensor& lse,
-                                                      const std::optional<Tensor>& attn_mask,
-                                                      bool is_causal, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const std::optional<Tensor>& attn_mask, bool is_causal, double scale,
+    double dropout_p, const std::optional<Tensor>& seed) {
   Call call(q, k, v, samples_of(q, k), is_causal, scale);
-  return backward(call.with(attn_mask), grad, q, k, v, out, lse);
+  return backward(call.with(attn_mask).dropping(dropout_p, seed), grad, q, k, v, out, lse);
 }
 
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                            int64_t, int64_t, bool is_causal, double scale) {
-  const Call call(q, k, v, sequences_of(q, k, cu_seqlens_q, cu_seqlens_k), is_causal, scale);
+                                            int64_t, int64_t, bool is_causal, double scale,
+                                            double dropout_p, const std::optional<Tensor>& seed) {
+  Call call(q, k, v, sequences_of(q, k, cu_seqlens_q, cu_seqlens_k), is_causal, scale);
   Tensor out = empty({q.size(0), q.size(1), v.size(2)}, q.scalar_type(), q);
   Tensor lse = empty({q.size(1), q.size(0)}, ScalarType::Float, q);
-  forward(call, out, lse);
+  forward(call.dropping(dropout_p, seed), out, lse);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, int64_t, int64_t,
-    bool is_causal, double scale) {
-  const Call call(q, k, v, sequences_of(q, k, cu_seqlens_q, cu_seqlens_k), is_causal, scale);
-  return backward(call, grad, q, k, v, out, lse);
+    bool is_causal, double scale, double dropout_p, const std::optional<Tensor>& seed) {
+  Call call(q, k, v, sequences_of(q, k, cu_seqlens_q, cu_seqlens_k), is_causal, scale);
+  return backward(call.dropping(dropout_p, seed), grad, q, k, v, out, lse);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vqkernels_cpu, CPU, m) {

@@ -218,7 +218,7 @@ HEAD_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def assert_attention(ops: torch._ops._OpNamespace, *arguments: object) -> None:
     """Strides of the results, and their values up to the weights' rounding."""
-    out, lse = ops.attention(*arguments)
+    out, lse = ops.attention(*arguments, 0.0, None)
     expected, logarithms = attention_reference.attention_with_lse(*arguments)
     assert out.stride() == expected.stride()
     assert out.dtype == expected.dtype
@@ -264,7 +264,9 @@ def test_attention_refuses_what_it_has_no_kernel_for(ops: torch._ops._OpNamespac
     message = "64, 72, 80, 96 or 128 columns of q, k and v, got"
     for q, k, v in ((wide, wide, wide), (half, half, wide), (half.float(),) * 3):
         with pytest.raises(ValueError, match=message):
-            ops.attention(q, k, v, None, False, 0.125)
+            ops.attention(q, k, v, None, False, 0.125, 0.0, None)
+    with pytest.raises(ValueError, match="no dropout"):
+        ops.attention(half, half, half, None, False, 0.125, 0.5, torch.tensor(1))
 
 
 def test_heads_of_too_many_rows_are_refused(ops: torch._ops._OpNamespace) -> None:
@@ -272,7 +274,7 @@ def test_heads_of_too_many_rows_are_refused(ops: torch._ops._OpNamespace) -> Non
     many = few.expand(1, 1, (1 << 30) + 1, 64)
     for q, k in ((many, few), (few, many)):
         with pytest.raises(ValueError, match=r"at most 2\^30 rows a head, got 1073741825"):
-            ops.attention(q, k, k, None, False, 0.125)
+            ops.attention(q, k, k, None, False, 0.125, 0.0, None)
 
 
 def test_gradients_follow_a_forward_by_cuda(ops: torch._ops._OpNamespace) -> None:
@@ -280,7 +282,7 @@ def test_gradients_follow_a_forward_by_cuda(ops: torch._ops._OpNamespace) -> Non
     grad = torch.randn(2, 4, 20, 64).bfloat16()
     results = []
     for backend in ("cuda", "reference"):
-        out, _ = torch.ops.vqkernels.attention(*leaves, None, True, 0.125, backend)
+        out, _ = torch.ops.vqkernels.attention(*leaves, None, True, 0.125, 0.0, None, backend)
         results.append(torch.autograd.grad(out, leaves, grad))
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-2, atol=1e-2)

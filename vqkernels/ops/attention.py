@@ -20,11 +20,13 @@ from vqkernels.backends import select, why_not
 from vqkernels.ops._checks import check_floating, check_same_device
 from vqkernels.ops._library import define, differentiable, fake, not_differentiable
 from vqkernels.ops._modulation import NO_DOUBLE_BACKWARD
+from vqkernels.ops.normal_noise import as_word
 from vqkernels.reference import attention as reference
 
 # `attn_mask` is expanded to `[B, H, N, M]`. Also returns the softmax's logarithm `[B, H, N]`.
 _attention = define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float scale)"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float scale,"
+    " float dropout_p, Tensor? seed)"
     " -> (Tensor, Tensor)",
     reference.attention_with_lse,
 )
@@ -38,6 +40,8 @@ def _(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -46,7 +50,8 @@ def _(
 
 _attention_backward = define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
-    " Tensor? attn_mask, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
+    " Tensor? attn_mask, bool is_causal, float scale,"
+    " float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
     reference.attention_backward,
 )
 
@@ -62,6 +67,8 @@ def _(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -71,24 +78,35 @@ not_differentiable(_attention_backward, NO_DOUBLE_BACKWARD)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, attn_mask, ctx.is_causal, ctx.scale, ctx.backend = inputs
+    q, k, v, attn_mask, ctx.is_causal, ctx.scale, ctx.dropout_p, seed, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, attn_mask)
+    ctx.save_for_backward(q, k, v, *output, attn_mask, seed)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
-    q, k, v, out, lse, attn_mask = ctx.saved_tensors
+        return (None,) * 9
+    q, k, v, out, lse, attn_mask, seed = ctx.saved_tensors
     backend = ctx.backend
     if backend == "cuda":  # which has a forward kernel only
         triton = why_not("triton", "attention", q.device.type, (q.dtype,)) is None
         backend = "triton" if triton else "reference"
     grads = _attention_backward(
-        grad, q, k, v, out, lse, attn_mask, ctx.is_causal, ctx.scale, backend
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        attn_mask,
+        ctx.is_causal,
+        ctx.scale,
+        ctx.dropout_p,
+        seed,
+        backend,
     )
-    return *grads, None, None, None, None
+    return *grads, *(None,) * 6
 
 
 differentiable(_attention, _backward, _save)
@@ -105,6 +123,8 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: Literal[False] = False,
+    dropout_p: float = 0,
+    seed: int | Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -119,6 +139,8 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: Literal[True],
+    dropout_p: float = 0,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -132,6 +154,8 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    dropout_p: float = 0,  # not 0.0, which compiling with dynamic shapes makes a symbol
+    seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of N queries to M keys.
 
@@ -142,6 +166,11 @@ def attention(
         is_causal: query i attends to keys 0..i; excludes `attn_mask`.
         scale: factor of the scores, 1 / sqrt(d) by default.
         return_lse: also return the logarithm of the softmax's denominator, which has no gradient.
+        dropout_p: the share of weights that are dropped, rounded to a multiple of 1 / 65536; others
+            are multiplied by 1 / (1 - dropout_p). `lse` is that of all weights.
+        seed: an int (modulo 2^64), or an int64 tensor of one element, which decides with the
+            numbers of sample, head, query and key which weights are dropped: give a new
+            one each step. Goes with `dropout_p` above 0.
 
     Returns:
         `[B, H, N, e]` in q's dtype, or in autocast's as PyTorch's; with `return_lse` also
@@ -167,6 +196,8 @@ def attention(
         _check_mask(attn_mask, (*q.shape[:3], k.shape[2]), q)
         if is_causal:
             raise ValueError("attn_mask and is_causal exclude each other, got both")
+    dropout_p, seed = checked_dropout(dropout_p, seed, q)
+    q, k, v, attn_mask = autocast(q, k, v, attn_mask)
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return reference.attention(
             q,
@@ -176,14 +207,35 @@ def attention(
             scale=scale,
             enable_gqa=enable_gqa,
             return_lse=return_lse,
+            dropout_p=dropout_p,
+            seed=seed,
         )
-    q, k, v, attn_mask = autocast(q, k, v, attn_mask)
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     scale = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
     backend = select("attention", q, k, v)
-    out: tuple[Tensor, Tensor] = _attention(q, k, v, attn_mask, is_causal, scale, backend)
+    if seed is not None and backend == "cuda":
+        raise ValueError("backend 'cuda' cannot serve attention: its kernels have no dropout")
+    out: tuple[Tensor, Tensor] = _attention(
+        q, k, v, attn_mask, is_causal, scale, dropout_p, seed, backend
+    )
     return out if return_lse else out[0]
+
+
+def checked_dropout(
+    dropout_p: float, seed: int | Tensor | None, q: Tensor
+) -> tuple[float, Tensor | None]:
+    """The probability as kernels take it, and the seed where it is not 0."""
+    if seed is None and dropout_p == 0:
+        return 0.0, None
+    below = round(dropout_p * 65536) if 0 <= dropout_p < 1 else 65536
+    if below == 65536:
+        raise ValueError(f"dropout_p must be in [0, 1), by 1 / 65536, got {dropout_p}")
+    if dropout_p > 0 and seed is None:
+        raise ValueError(f"dropout_p needs a seed, got {dropout_p} and None")
+    if below == 0 or seed is None:
+        return 0.0, None
+    return below / 65536, as_word("seed", seed, q.device)
 
 
 def autocast(

@@ -20,13 +20,14 @@ from vqkernels.backends import select
 from vqkernels.ops._checks import check_floating, check_same_device, check_tensor
 from vqkernels.ops._library import define, differentiable, fake, not_differentiable
 from vqkernels.ops._modulation import NO_DOUBLE_BACKWARD
-from vqkernels.ops.attention import autocast, check_heads
+from vqkernels.ops.attention import autocast, check_heads, checked_dropout
 from vqkernels.reference import attention_varlen as reference
 
 # Also returns the softmax's logarithm `[H, T]`.
 _attention_varlen = define(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-    " SymInt max_seqlen_q, SymInt max_seqlen_k, bool is_causal, float scale) -> (Tensor, Tensor)",
+    " SymInt max_seqlen_q, SymInt max_seqlen_k, bool is_causal, float scale,"
+    " float dropout_p, Tensor? seed) -> (Tensor, Tensor)",
     reference.attention_varlen_with_lse,
 )
 
@@ -42,6 +43,8 @@ def _(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -52,7 +55,8 @@ def _(
 _attention_varlen_backward = define(
     "attention_varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,"
     " Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k,"
-    " bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
+    " bool is_causal, float scale,"
+    " float dropout_p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
     reference.attention_varlen_backward,
 )
 
@@ -71,6 +75,8 @@ def _(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -80,17 +86,18 @@ not_differentiable(_attention_varlen_backward, NO_DOUBLE_BACKWARD)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.more = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *ctx.more, seed, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, seed)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 10
-    grads = _attention_varlen_backward(grad, *ctx.saved_tensors, *ctx.more)
-    return *grads, *(None,) * 7
+        return (None,) * 12
+    *saved, seed = ctx.saved_tensors
+    grads = _attention_varlen_backward(grad, *saved, *ctx.more, seed, ctx.backend)
+    return *grads, *(None,) * 9
 
 
 differentiable(_attention_varlen, _backward, _save)
@@ -110,6 +117,8 @@ def attention_varlen(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: Literal[False] = False,
+    dropout_p: float = 0,
+    seed: int | Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -127,6 +136,8 @@ def attention_varlen(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: Literal[True],
+    dropout_p: float = 0,
+    seed: int | Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -143,6 +154,8 @@ def attention_varlen(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    dropout_p: float = 0,  # not 0.0, which compiling with dynamic shapes makes a symbol
+    seed: int | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each sequence's queries to its own keys.
 
@@ -158,6 +171,11 @@ def attention_varlen(
             differ.
         scale: factor of the scores, 1 / sqrt(d) by default.
         return_lse: also return the logarithm of the softmax's denominator, which has no gradient.
+        dropout_p: the share of weights that are dropped, rounded to a multiple of 1 / 65536; others
+            are multiplied by 1 / (1 - dropout_p). `lse` is that of all weights.
+        seed: an int (modulo 2^64), or an int64 tensor of one element, which decides with the
+            numbers of sequence, head, and query and key in it which weights are dropped: give a new
+            one each step. Goes with `dropout_p` above 0.
 
     Returns:
         `[T, H, e]`, contiguous, in q's dtype, or in autocast's as `attention`; with `return_lse`
@@ -193,6 +211,7 @@ def attention_varlen(
         )
     _check_starts("cu_seqlens_q", cu_seqlens_q, q, q.shape[0], "max_seqlen_q", max_seqlen_q)
     _check_starts("cu_seqlens_k", cu_seqlens_k, q, k.shape[0], "max_seqlen_k", max_seqlen_k)
+    dropout_p, seed = checked_dropout(dropout_p, seed, q)
     q, k, v, _ = autocast(q, k, v, None)
     scale = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
     backend = select("attention_varlen", q, k, v)
@@ -206,6 +225,8 @@ def attention_varlen(
         max_seqlen_k,
         is_causal,
         scale,
+        dropout_p,
+        seed,
         backend,
     )
     return out if return_lse else out[0]

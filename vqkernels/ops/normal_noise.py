@@ -64,15 +64,15 @@ def normal_noise(
     select("normal_noise", sample_ids)
     return reference.normal_noise(
         shape,
-        seed=_word("seed", seed, sample_ids.device),
+        seed=as_word("seed", seed, sample_ids.device),
         sample_ids=sample_ids,
-        step=_word("step", step, sample_ids.device),
-        stream=_word("stream", stream, sample_ids.device),
+        step=as_word("step", step, sample_ids.device),
+        stream=as_word("stream", stream, sample_ids.device),
         dtype=dtype,
     )
 
 
-def _word(name: str, value: int | Tensor, device: torch.device) -> Tensor:
+def as_word(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     """An int64 scalar with value's bits modulo 2^64."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.numel() != 1:

@@ -22,10 +22,22 @@ def attention_varlen(
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     out, lse = attention_varlen_with_lse(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal, scale
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        is_causal,
+        scale,
+        dropout_p,
+        seed,
     )
     return (out, lse) if return_lse else out
 
@@ -52,13 +64,17 @@ def attention_varlen_with_lse(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(*q.shape[:2], v.shape[-1])  # [T, H, e]
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)  # [H, T]
-    for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
-        sample = (as_sample(t) for t in (q[rows], k[keys], v[keys]))
-        results = one_length.attention_with_lse(*sample, None, is_causal, scale)
+    for i, (rows, keys) in enumerate(sequences_of(cu_seqlens_q, cu_seqlens_k)):
+        sample = as_sample(q[rows]), as_sample(k[keys]), as_sample(v[keys])
+        results = one_length.attention_with_lse(
+            *sample, None, is_causal, scale, dropout_p, seed, i * q.shape[1]
+        )
         as_sample(out)[:, :, rows], lse[:, rows] = results[0], results[1][0]
     return out, lse
 
@@ -76,14 +92,25 @@ def attention_varlen_backward(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-    for rows, keys in sequences_of(cu_seqlens_q, cu_seqlens_k):
+    for i, (rows, keys) in enumerate(sequences_of(cu_seqlens_q, cu_seqlens_k)):
         places = (rows, keys, keys)
-        sample = (as_sample(t[at]) for t, at in zip((q, k, v), places, strict=True))
-        of_grad, of_out = (as_sample(t[rows]) for t in (grad, out))
+        sample = as_sample(q[rows]), as_sample(k[keys]), as_sample(v[keys])
+        of_grad, of_out = as_sample(grad[rows]), as_sample(out[rows])
         found = one_length.attention_backward(
-            of_grad, *sample, of_out, lse[None, :, rows], None, is_causal, scale
+            of_grad,
+            *sample,
+            of_out,
+            lse[None, :, rows],
+            None,
+            is_causal,
+            scale,
+            dropout_p,
+            seed,
+            i * q.shape[1],
         )
         for whole, at, part in zip(grads, places, found, strict=True):
             as_sample(whole)[:, :, at] = part

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vqkernels.reference import attention as reference
 from vqkernels.reference.attention import like_queries
 from vqkernels.triton.attention_configs import AttentionConfig, Parts, parts_of, select_attention
 from vqkernels.triton.launch import device_facts, launch
@@ -36,6 +37,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 # Added in place of anything below it: finfo.min, a usual "no", stays finite as an exponent of two.
 _LEAST_BIAS = tl.constexpr(-3.0e38)
+DROPOUT_STREAM = tl.constexpr(reference.DROPOUT_STREAM)
 NO_MASK, BOOLEAN, ADDED = (tl.constexpr(value) for value in range(3))
 
 Strides = tuple[int, int, int]
@@ -48,6 +50,8 @@ def attention(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     *,
     config: AttentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -60,7 +64,7 @@ def attention(
     """
     out = like_queries(q, v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    forward(q, k, v, out, lse, attn_mask, is_causal, scale, config=config)
+    forward(q, k, v, out, lse, attn_mask, is_causal, scale, dropout_p, seed, config=config)
     return out, lse
 
 
@@ -82,6 +86,8 @@ def forward(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
     sequences: Sequences | None = None,
     *,
     config: AttentionConfig | None = None,
@@ -108,6 +114,7 @@ def forward(
         lse,
         *mask_arguments(attn_mask, q),
         *starts_of(q, k, sequences),
+        *dropout_arguments(q, dropout_p, seed),
         queries,
         keys,
         heads,
@@ -117,8 +124,9 @@ def forward(
         SHIFTED=scale <= 0 or mask_kind(attn_mask) == ADDED,
         CAUSAL=is_causal,
         VARLEN=sequences is not None,
+        DROPOUT=seed is not None,
         **modes(q, v, attn_mask),
-        **tiles(config),
+        **tiles(config, seed is not None),
     )
 
 
@@ -178,6 +186,13 @@ def mask_arguments(attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[i
     return pointer, tuple(stride if size > 1 else 0 for stride, size in strides)
 
 
+def dropout_arguments(
+    q: Tensor, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, int, float]:
+    """The seed, what numbers of dropped weights are below, and the factor of the others."""
+    return q if seed is None else seed, round(dropout_p * 65536), 1 / (1 - dropout_p)
+
+
 def modes(q: Tensor, v: Tensor, attn_mask: Tensor | None) -> dict[str, Any]:
     """Constants that every kernel takes."""
     d: Parts = parts_of(q.shape[-1])
@@ -198,13 +213,14 @@ def modes(q: Tensor, v: Tensor, attn_mask: Tensor | None) -> dict[str, Any]:
     }
 
 
-def tiles(config: AttentionConfig) -> dict[str, int | None]:
+def tiles(config: AttentionConfig, dropout: bool) -> dict[str, int | None]:
+    """Dropout's random words do not fit within registers that a row was limited to."""
     return {
         "BLOCK_Q": config.block_q,
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        "maxnreg": config.registers or None,
+        "maxnreg": None if dropout else config.registers or None,
     }
 
 
@@ -224,6 +240,9 @@ def _attention_forward(
     q_starts,
     k_starts,
     rows,
+    seed,
+    drop_below,
+    kept_factor,
     N,
     M,
     heads,
@@ -233,6 +252,7 @@ def _attention_forward(
     SHIFTED: tl.constexpr,
     CAUSAL: tl.constexpr,
     VARLEN: tl.constexpr,
+    DROPOUT: tl.constexpr,
     MASK: tl.constexpr,
     MASK_OF_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -316,6 +336,11 @@ def _attention_forward(
             faded = tl.exp2(top - shift)
             total = total * faded + tl.sum(weights, 1)
             top = risen
+            if DROPOUT:
+                kept = kept_weights(
+                    seed, drop_below, b, h, heads, first_query, start, BLOCK_Q, BLOCK_K
+                )
+                weights = tl.where(kept, weights, 0.0)
             v_tile = load_tile(v_head, v_strides[2], start, BLOCK_K, M, EDGE, E, E1, E2, UNIT)
             weights = weights.to(v.dtype.element_ty)
             sum1 = tl.dot(weights, v_tile[0], sum1 * faded[:, None], input_precision=PRECISION)
@@ -323,6 +348,8 @@ def _attention_forward(
                 sum2 = tl.dot(weights, v_tile[1], sum2 * faded[:, None], input_precision=PRECISION)
 
     factor = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
+    if DROPOUT:
+        factor *= kept_factor
     out_head = head_of(out, out_strides, b, h, q_from, UNIT)
     out_head += first_query.to(tl.int64) * out_strides[2] * UNIT
     store_rows(out_head, out_strides[2], row, query < N, sum1 * factor, 0, E, UNIT)
@@ -471,6 +498,26 @@ def dot_rows(
     if SECOND > 0:
         product = tl.dot(a[1], tl.trans(b[1]), product, input_precision=PRECISION)
     return product
+
+
+@triton.jit
+def kept_weights(
+    seed, drop_below, b, h, heads, query, key, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """Which weights of a tile dropout keeps, [BLOCK_Q, BLOCK_K]. One counter (key / 8, query, head,
+    stream) serves eight keys, each of its words two of them, the low half first; `key` is a
+    multiple of eight."""
+    zero = tl.zeros([BLOCK_Q, BLOCK_K // 8], tl.uint32)
+    octet = zero + (key // 8 + tl.arange(0, BLOCK_K // 8)).to(tl.uint32)[None, :]
+    row = zero + (query + tl.arange(0, BLOCK_Q)).to(tl.uint32)[:, None]
+    head = zero + (b * heads + h).to(tl.uint32)
+    stream = zero + DROPOUT_STREAM
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), octet, row, head, stream)
+    # The last of what is joined changes fastest: the half, then the word's low and its high bit.
+    low = tl.join(tl.join(w0 & 0xFFFF, w2 & 0xFFFF), tl.join(w1 & 0xFFFF, w3 & 0xFFFF))
+    high = tl.join(tl.join(w0 >> 16, w2 >> 16), tl.join(w1 >> 16, w3 >> 16))
+    numbers = tl.reshape(tl.join(low, high), [BLOCK_Q, BLOCK_K])
+    return numbers.to(tl.int32) >= drop_below
 
 
 @triton.jit

@@ -33,7 +33,9 @@ from vqkernels.triton.attention import (
     choose,
     common_unit,
     dot_rows,
+    dropout_arguments,
     head_of,
+    kept_weights,
     load_rows,
     load_tile,
     mask_arguments,
@@ -67,6 +69,8 @@ def attention_backward(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     *,
     configs: tuple[AttentionConfig, AttentionConfig] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +80,9 @@ def attention_backward(
         grad: of out, `[B, H, N, e]`; the others as `attention` took and returned them.
         configs: launch configurations of the kernels for q and for k and v.
     """
-    return backward(grad, q, k, v, out, lse, attn_mask, is_causal, scale, configs=configs)
+    return backward(
+        grad, q, k, v, out, lse, attn_mask, is_causal, scale, dropout_p, seed, configs=configs
+    )
 
 
 def backward(
@@ -89,6 +95,8 @@ def backward(
     attn_mask: Tensor | None,
     is_causal: bool,
     scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
     sequences: Sequences | None = None,
     *,
     configs: tuple[AttentionConfig, AttentionConfig] | None = None,
@@ -139,9 +147,11 @@ def backward(
         delta,
         *mask_arguments(attn_mask, q),
         *starts_of(q, k, sequences),
+        *dropout_arguments(q, dropout_p, seed),
     )
     sizes = (queries, keys, heads, heads // k.shape[1], scale, scale * _LOG2_E.value)
     constants = {"UNIT": unit, "CAUSAL": is_causal, "VARLEN": sequences is not None}
+    constants["DROPOUT"] = seed is not None
     constants |= modes(q, v, attn_mask)
     launch(
         _attention_grad_queries,
@@ -151,7 +161,7 @@ def backward(
         strides_of(dq, unit),
         *sizes,
         **constants,
-        **tiles(of_queries),
+        **tiles(of_queries, seed is not None),
     )
     launch(
         _attention_grad_keys,
@@ -163,7 +173,7 @@ def backward(
         strides_of(dv, unit),
         *sizes,
         **constants,
-        **tiles(of_keys),
+        **tiles(of_keys, seed is not None),
     )
     written = zip(grads, (dq, dk, dv), strict=True)
     return tuple(t if t is filled else t.copy_(filled) for t, filled in written)  # type: ignore[return-value]
@@ -220,6 +230,9 @@ def _attention_grad_queries(
     q_starts,
     k_starts,
     rows,
+    seed,
+    drop_below,
+    kept_factor,
     dq,
     dq_strides,
     N,
@@ -231,6 +244,7 @@ def _attention_grad_queries(
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
     VARLEN: tl.constexpr,
+    DROPOUT: tl.constexpr,
     MASK: tl.constexpr,
     MASK_OF_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -299,6 +313,11 @@ def _attention_grad_queries(
             )
             weights = tl.exp2(scores - exponent)
             slopes = dot_rows(g_tile, v_tile, BLOCK_Q, BLOCK_K, E2, PRECISION)
+            if DROPOUT:
+                kept = kept_weights(
+                    seed, drop_below, b, h, heads, first_query, start, BLOCK_Q, BLOCK_K
+                )
+                slopes = tl.where(kept, slopes * kept_factor, 0.0)
             slopes = weights * (slopes - row_delta[:, None])
             slope += tl.sum(slopes, 1)
             slopes = slopes.to(q.dtype.element_ty)
@@ -337,6 +356,9 @@ def _attention_grad_keys(
     q_starts,
     k_starts,
     rows,
+    seed,
+    drop_below,
+    kept_factor,
     dk,
     dk_strides,
     dv,
@@ -350,6 +372,7 @@ def _attention_grad_keys(
     UNIT: tl.constexpr,
     CAUSAL: tl.constexpr,
     VARLEN: tl.constexpr,
+    DROPOUT: tl.constexpr,
     MASK: tl.constexpr,
     MASK_OF_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -419,11 +442,20 @@ def _attention_grad_keys(
                 False,
             )
             weights = tl.exp2(scores - exponent)
-            rounded = weights.to(q.dtype.element_ty)
+            rounded = weights
+            if DROPOUT:
+                kept = kept_weights(
+                    seed, drop_below, b, q_h, heads, start, first_key, BLOCK_Q, BLOCK_K
+                )
+                kept = tl.trans(kept)
+                rounded = tl.where(kept, weights * kept_factor, 0.0)
+            rounded = rounded.to(q.dtype.element_ty)
             v_sum1 = tl.dot(rounded, g_tile[0], v_sum1, input_precision=PRECISION)
             if E2 > 0:
                 v_sum2 = tl.dot(rounded, g_tile[1], v_sum2, input_precision=PRECISION)
             slopes = dot_rows(v_tile, g_tile, BLOCK_K, BLOCK_Q, E2, PRECISION)
+            if DROPOUT:
+                slopes = tl.where(kept, slopes * kept_factor, 0.0)
             slopes = (weights * (slopes - row_delta)).to(q.dtype.element_ty)
             k_sum1 = tl.dot(slopes, q_tile[0], k_sum1, input_precision=PRECISION)
             if D2 > 0:

@@ -23,6 +23,8 @@ def attention_varlen(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     *,
     config: AttentionConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -35,8 +37,8 @@ def attention_varlen(
     out = q.new_empty(*q.shape[:2], v.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    sample = (as_sample(t) for t in (q, k, v, out))
-    forward(*sample, lse[None], None, is_causal, scale, sequences, config=config)
+    sample = as_sample(q), as_sample(k), as_sample(v), as_sample(out)
+    forward(*sample, lse[None], None, is_causal, scale, dropout_p, seed, sequences, config=config)
     return out, lse
 
 
@@ -53,11 +55,15 @@ def attention_varlen_backward(
     max_seqlen_k: int,
     is_causal: bool,
     scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     *,
     configs: tuple[AttentionConfig, AttentionConfig] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v in their dtypes and layouts."""
     sequences = Sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    sample = (as_sample(t) for t in (grad, q, k, v, out))
-    grads = backward(*sample, lse[None], None, is_causal, scale, sequences, configs=configs)
+    sample = as_sample(grad), as_sample(q), as_sample(k), as_sample(v), as_sample(out)
+    grads = backward(
+        *sample, lse[None], None, is_causal, scale, dropout_p, seed, sequences, configs=configs
+    )
     return tuple(t[0].transpose(0, 1) for t in grads)  # type: ignore[return-value]

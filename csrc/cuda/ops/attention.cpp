@@ -39,7 +39,8 @@ Heads heads_of(const Tensor& tensor) {
 std::tuple<Tensor, Tensor> attention_op(const Tensor& q_given, const Tensor& k_given,
                                         const Tensor& v_given,
                                         const std::optional<Tensor>& attn_mask, bool is_causal,
-                                        double scale) {
+                                        double scale, double dropout_p,
+                                        const std::optional<Tensor>&) {
   const Call call("attention", q_given);
   const DType dtype = dtype_of(q_given);
   const int64_t dim = q_given.size(3), columns = v_given.size(3), keys = k_given.size(2);
@@ -49,6 +50,7 @@ std::tuple<Tensor, Tensor> attention_op(const Tensor& q_given, const Tensor& k_g
         "v, got " +
         std::to_string(dim) + " of q and " + std::to_string(columns) + " of v");
   }
+  if (dropout_p > 0) throw std::invalid_argument("CUDA attention has no dropout");
   const int64_t rows = std::max(q_given.size(2), keys);
   if (rows > kMostRows) {
     throw std::invalid_argument("q and k must have at most 2^30 rows a head, got " +
