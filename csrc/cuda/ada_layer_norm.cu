@@ -4,8 +4,8 @@
 // 2 s written, the gated sum alone 2 s and s. Rows stay in registers between their one read and
 // their one write; vectors are read once for all rows of a tile. An element takes about 10 fp32
 // operations: memory decides. What has to be under way for that (about 18 KB a multiprocessor of an
-// H100, 3.35 TB/s for 0.7 us): at 1152 bf16 columns a thread holds up to 24 elements in three
-// pieces, 48 bytes, and 24 warps of up to 80 registers have 36 KB.
+// H100, 3.35 TB/s for 0.7 us): at 1152 bf16 columns two warps take a row, 36 bytes a thread, and 24
+// warps of 80 registers have 27 KB; with a branch 16 warps of 121 registers 36 KB.
 //
 // Other rows (pieces that memory does not align, a half stream beside a branch of another dtype,
 // more columns than a block holds) are read once from memory too, and again from the cache.
