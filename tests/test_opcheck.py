@@ -42,6 +42,8 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
     cos, sin, row = torch.randn(2, 3, 3), torch.randn(2, 3, 3), torch.randn(6)
     heads = (torch.randn(2, 4, 3, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 5))
     packed_heads = tuple(torch.randn(2, 6, 3, 3, 8).permute(2, 0, 3, 1, 4))
+    packed, square = torch.randn(2, 6, 3, 3, 8), torch.rand(6, 6) > 0.3
+    packed_grad = torch.randn(2, 6, 3, 8)
     allowed = torch.rand(3, 6) > 0.3
     rows, of_keys = torch.randn(7, 4, 8), torch.randn(6, 2, 8)
     starts = tuple(torch.tensor(n, dtype=torch.int32) for n in ([0, 3, 3, 7], [0, 4, 6, 6]))
@@ -215,6 +217,27 @@ def samples() -> dict[str, tuple[str, tuple[Any, ...]]]:
         "attention, dropout, gradients": (
             "attention",
             (*need(*(t.clone() for t in heads)), None, True, 0.5, *dropped),
+        ),
+        "attention_qkvpacked, gradients": (
+            "attention_qkvpacked",
+            (*need(packed), None, True, 0.5, *undropped),
+        ),
+        "attention_qkvpacked, masked": (
+            "attention_qkvpacked",
+            (*need(packed.bfloat16()), square.expand(2, 3, 6, 6), False, 0.5, *undropped),
+        ),
+        "attention_qkvpacked_backward": (
+            "attention_qkvpacked_backward",
+            (
+                packed_grad,
+                packed_grad[:, :, None].repeat(1, 1, 3, 1, 1),
+                packed_grad,
+                lse6,
+                None,
+                False,
+                0.5,
+                *undropped,
+            ),
         ),
         "attention_backward, dropout": (
             "attention_backward",

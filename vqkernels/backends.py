@@ -39,6 +39,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "bias_gelu": ("cpu", "triton"),
     "qk_norm_rope": ("cpu", "triton"),
     "attention": ("cpu", "triton", "cuda"),
+    "attention_qkvpacked": ("cpu", "triton"),
     "attention_varlen": ("cpu", "triton"),
     # Made of ops above, which choose for themselves.
     "modulated_attention": ("cpu", "triton"),

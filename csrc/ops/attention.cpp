@@ -222,12 +222,10 @@ int64_t keys_each(int64_t keys, int64_t whole_heads) {
   return cdiv(cdiv(keys, std::min(wanted, cdiv(keys, kKeysEach))), 128) * 128;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Call& call, const Tensor& grad_given,
-                                            const Tensor& q, const Tensor& k, const Tensor& v,
-                                            const Tensor& out_given, const Tensor& lse_given) {
+// Writes the gradients to dq, dk and dv, of any strides.
+void write_gradients(const Call& call, const Tensor& grad_given, const Tensor& out_given,
+                     const Tensor& lse_given, Tensor dq, Tensor dk, Tensor dv) {
   const Tensor grad = dense_rows(grad_given), out = dense_rows(out_given), lse = dense(lse_given);
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k);
-  Tensor dv = torch::stable::empty_like(v);
   const AttentionTask& common = call.common;
   std::vector<Piece> pieces;
   std::vector<AttentionQuerySums> sums(call.sequences.size());  // of the first head, `parts` unset
@@ -251,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Call& call, const Tensor& grad
   if (empty_ones) {
     for (Tensor* some : {&dq, &dk, &dv}) torch::stable::zero_(*some);
   }
-  if (call.scores * call.key_heads == 0) return {dq, dk, dv};
+  if (call.scores * call.key_heads == 0) return;
   // Rows of results that do not lie in one piece are written to copies.
   const auto writable = [](const Tensor& t) {
     const int64_t last = t.dim() - 1;
@@ -313,7 +311,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Call& call, const Tensor& grad
   deliver(dq, to_q);
   deliver(dk, to_k);
   deliver(dv, to_v);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Call& call, const Tensor& grad, const Tensor& q,
+                                            const Tensor& k, const Tensor& v, const Tensor& out,
+                                            const Tensor& lse) {
+  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k);
+  Tensor dv = torch::stable::empty_like(v);
+  write_gradients(call, grad, out, lse, dq, dk, dv);
   return {dq, dk, dv};
+}
+
+// q, k or v of a packed `[B, N, 3, H, d]`, as `[B, H, N, d]`.
+Tensor heads_of(const Tensor& qkv, int64_t which) {
+  return torch::stable::transpose(torch::stable::select(qkv, 2, which), 1, 2);
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -333,6 +344,19 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(
     double dropout_p, const std::optional<Tensor>& seed) {
   Call call(q, k, v, samples_of(q, k), is_causal, scale);
   return backward(call.with(attn_mask).dropping(dropout_p, seed), grad, q, k, v, out, lse);
+}
+
+Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const Tensor& out,
+                                    const Tensor& lse, const std::optional<Tensor>& attn_mask,
+                                    bool is_causal, double scale, double dropout_p,
+                                    const std::optional<Tensor>& seed) {
+  const Tensor q = heads_of(qkv, 0), k = heads_of(qkv, 1), v = heads_of(qkv, 2);
+  Call call(q, k, v, samples_of(q, k), is_causal, scale);
+  const Tensor dqkv = empty(qkv.sizes(), qkv.scalar_type(), qkv);
+  write_gradients(call.with(attn_mask).dropping(dropout_p, seed),
+                  torch::stable::transpose(grad, 1, 2), torch::stable::transpose(out, 1, 2), lse,
+                  heads_of(dqkv, 0), heads_of(dqkv, 1), heads_of(dqkv, 2));
+  return dqkv;
 }
 
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -357,6 +381,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
 STABLE_TORCH_LIBRARY_IMPL(vqkernels_cpu, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_qkvpacked_backward", TORCH_BOX(&attention_qkvpacked_backward));
   m.impl("attention_varlen", TORCH_BOX(&attention_varlen));
   m.impl("attention_varlen_backward", TORCH_BOX(&attention_varlen_backward));
 }

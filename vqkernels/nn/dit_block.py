@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vqkernels.ops.ada_layer_norm import ada_layer_norm
-from vqkernels.ops.attention import attention
+from vqkernels.ops.attention_qkvpacked import attention_qkvpacked
 from vqkernels.ops.bias_gelu import bias_gelu
 from vqkernels.ops.gated_residual import gated_residual
 from vqkernels.ops.gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
@@ -28,9 +28,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, d], views
-        out = attention(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim))
+        return self.proj(attention_qkvpacked(qkv).view(batch, tokens, dim))
 
 
 class MLP(nn.Module):

@@ -2,6 +2,7 @@
 
 from vqkernels.ops.ada_layer_norm import ada_layer_norm
 from vqkernels.ops.attention import attention
+from vqkernels.ops.attention_qkvpacked import attention_qkvpacked
 from vqkernels.ops.attention_varlen import attention_varlen
 from vqkernels.ops.bias_gelu import bias_gelu
 from vqkernels.ops.code_statistics import code_statistics
@@ -22,6 +23,7 @@ __all__ = [
     "QuantizeOutput",
     "ada_layer_norm",
     "attention",
+    "attention_qkvpacked",
     "attention_varlen",
     "bias_gelu",
     "code_statistics",

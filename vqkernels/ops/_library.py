@@ -26,7 +26,6 @@ _NATIVE = {
 def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
     """Define the op `schema`, which leaves out the trailing `str backend`."""
     name = schema[: schema.index("(")]
-    arguments, results = schema[len(name) :].rsplit(") -> ", 1)
     kernels: dict[str, Callable[..., Any]] = {"reference": reference}
     for device, library in _NATIVE.items():
         library.define(schema)
@@ -38,6 +37,13 @@ def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
             kernels[backend] = getattr(importlib.import_module("vqkernels.triton"), name)
         return kernels[backend](*args[:-1])
 
+    return define_as(schema, run)
+
+
+def define_as(schema: str, run: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Define the op `schema`, without its trailing `str backend`, as a function that takes it."""
+    name = schema[: schema.index("(")]
+    arguments, results = schema[len(name) :].rsplit(") -> ", 1)
     tags = (torch.Tag.pt2_compliant_tag,)
     _OPS.define(f"{name}{arguments}, str backend) -> {results}", tags=tags)
     _OPS.impl(name, run, "CompositeExplicitAutograd")

@@ -24,7 +24,7 @@ from vqkernels.ops.normal_noise import as_word
 from vqkernels.reference import attention as reference
 
 # `attn_mask` is expanded to `[B, H, N, M]`. Also returns the softmax's logarithm `[B, H, N]`.
-_attention = define(
+attend = define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, bool is_causal, float scale,"
     " float dropout_p, Tensor? seed)"
     " -> (Tensor, Tensor)",
@@ -32,7 +32,7 @@ _attention = define(
 )
 
 
-@fake(_attention)
+@fake(attend)
 def _(
     q: Tensor,
     k: Tensor,
@@ -88,10 +88,7 @@ def _backward(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None,
     if grad is None:
         return (None,) * 9
     q, k, v, out, lse, attn_mask, seed = ctx.saved_tensors
-    backend = ctx.backend
-    if backend == "cuda":  # which has a forward kernel only
-        triton = why_not("triton", "attention", q.device.type, (q.dtype,)) is None
-        backend = "triton" if triton else "reference"
+    backend = backend_of_gradients(ctx.backend, q)
     grads = _attention_backward(
         grad,
         q,
@@ -109,7 +106,15 @@ def _backward(ctx: Any, grad: Tensor | None, _lse: None) -> tuple[Tensor | None,
     return *grads, *(None,) * 6
 
 
-differentiable(_attention, _backward, _save)
+def backend_of_gradients(backend: str, q: Tensor) -> str:
+    """What serves the gradients of a call to `backend`; "cuda" has a forward kernel only."""
+    if backend != "cuda":
+        return backend
+    triton = why_not("triton", "attention", q.device.type, (q.dtype,)) is None
+    return "triton" if triton else "reference"
+
+
+differentiable(attend, _backward, _save)
 
 
 @overload
@@ -193,7 +198,7 @@ def attention(
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
     _check_shapes(q, k, v, enable_gqa)
     if attn_mask is not None:
-        _check_mask(attn_mask, (*q.shape[:3], k.shape[2]), q)
+        check_mask(attn_mask, (*q.shape[:3], k.shape[2]), q)
         if is_causal:
             raise ValueError("attn_mask and is_causal exclude each other, got both")
     dropout_p, seed = checked_dropout(dropout_p, seed, q)
@@ -216,7 +221,7 @@ def attention(
     backend = select("attention", q, k, v)
     if seed is not None and backend == "cuda":
         backend = pass_over(backend, "attention", "its kernels have no dropout")
-    out: tuple[Tensor, Tensor] = _attention(
+    out: tuple[Tensor, Tensor] = attend(
         q, k, v, attn_mask, is_causal, scale, dropout_p, seed, backend
     )
     return out if return_lse else out[0]
@@ -269,7 +274,7 @@ def check_heads(heads: int, key_heads: int, enable_gqa: bool) -> None:
         raise ValueError(f"k's heads must divide q's {heads}, got {key_heads}")
 
 
-def _check_mask(attn_mask: Tensor, scores: tuple[int, ...], q: Tensor) -> None:
+def check_mask(attn_mask: Tensor, scores: tuple[int, ...], q: Tensor) -> None:
     check_same_device("attn_mask", attn_mask, "q", q)
     if attn_mask.dtype not in (torch.bool, q.dtype):
         raise TypeError(f"attn_mask must be bool or {q.dtype}, got {attn_mask.dtype}")

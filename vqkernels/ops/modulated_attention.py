@@ -5,8 +5,8 @@
     out = x + gate * (attention(q, k, v) proj_weight^T + proj_bias)
 
 The matrix products are PyTorch's own; what is between them runs on `ada_layer_norm`,
-`qk_norm_rope`, `attention` and `gated_residual`. Source: arXiv:2212.09748, section 3.2
-and figure 3.
+`attention_qkvpacked` (or `qk_norm_rope` and `attention`) and `gated_residual`. Source:
+arXiv:2212.09748, section 3.2 and figure 3.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vqkernels.ops._modulation import check_bias, check_tokens, check_weight
 from vqkernels.ops.ada_layer_norm import ada_layer_norm
 from vqkernels.ops.attention import attention
+from vqkernels.ops.attention_qkvpacked import attention_qkvpacked
 from vqkernels.ops.gated_residual import gated_residual
 from vqkernels.ops.qk_norm_rope import qk_norm_rope
 
@@ -75,8 +76,10 @@ def modulated_attention(
 
     h = ada_layer_norm(x, shift=shift, scale=scale, eps=eps, norm=norm)
     qkv = F.linear(h, qkv_weight, qkv_bias).view(batch, tokens, 3, num_heads, dim // num_heads)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, d], views
-    if qk_norm != "none" or any(t is not None for t in (q_weight, k_weight, cos, sin)):
+    if qk_norm == "none" and all(t is None for t in (q_weight, k_weight, cos, sin)):
+        attended = attention_qkvpacked(qkv, attn_mask=attn_mask, is_causal=is_causal)
+    else:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, d], views
         q, k = qk_norm_rope(
             q,
             k,
@@ -88,6 +91,6 @@ def modulated_attention(
             norm=qk_norm,
             interleaved=interleaved,
         )
-    attended = attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal).transpose(1, 2)
+        attended = attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal).transpose(1, 2)
     branch = F.linear(attended.reshape(batch, tokens, dim), proj_weight, proj_bias)
     return gated_residual(x, branch, gate=gate)

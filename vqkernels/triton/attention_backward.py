@@ -99,9 +99,11 @@ def backward(
     seed: Tensor | None,
     sequences: Sequences | None = None,
     *,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
     configs: tuple[AttentionConfig, AttentionConfig] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    """Writes to `grads`, whose columns are adjacent, where they are given."""
+    grads = grads or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     if 0 in (q.numel(), k.numel(), v.numel()):
         return tuple(t.zero_() for t in grads)  # type: ignore[return-value]
     q, k, v, out, grad = (rows_beside(t) for t in (q, k, v, out, grad))
