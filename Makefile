@@ -69,7 +69,7 @@ bench: build $(call packages,bench)
 	$(PY) -m benchmarks $(ARGS)
 
 bench-attention: build $(call packages,bench)
-	$(PY) -m benchmarks --ops attention,ada_layer_norm,gated_residual,gated_residual_ada_layer_norm,bias_gelu,qk_norm_rope,DiTBlock $(ARGS)
+	$(PY) -m benchmarks --name attention --ops attention,ada_layer_norm,gated_residual,gated_residual_ada_layer_norm,bias_gelu,qk_norm_rope,DiTBlock $(ARGS)
 
 # Takes the packages that are there, objects from vqkernels/lib or built on the spot, no network.
 gpu-check: check_python = $(if $(filter 0,$(VENV)),$(PYTHON),$(or $(wildcard .venv/bin/python),$(PYTHON)))

@@ -38,6 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a few rows of each op, few samples")
     parser.add_argument("--data", choices=DATA, default=DATA[0])
+    parser.add_argument("--name", default="", help="added to the name of the CSV, as of some ops")
     parser.add_argument("--out", type=Path, help="the CSV; the picture goes beside it")
     return parser.parse_args(arguments)
 
@@ -93,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     device = machine.device_name()
-    stem = machine.file_stem(device) + ("-quick" if options.quick else "")
+    parts = (machine.file_stem(device), options.name, "quick" if options.quick else "")
+    stem = "-".join(filter(None, parts))
     path = options.out or RESULTS / f"{stem}.csv"
     print(f"{device}; load average {machine.load_average():.2f}")
     records: list[Record] = []

@@ -227,8 +227,9 @@ def keep_freed_memory(keep: bool) -> None:
     """Whether the C library keeps what is freed for the next allocation, or gives it back."""
     if not sys.platform.startswith("linux"):
         return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    trim_threshold, mmap_threshold, mmap_max, fast_pieces = -1, -3, -4, 1
     mallopt = ctypes.CDLL(None).mallopt
+    mallopt(fast_pieces, 0)  # small pieces join what is free beside them at once
     mallopt(mmap_max, 0 if keep else 1 << 16)
     mallopt(trim_threshold, (1 << 31) - 1 if keep else 1 << 17)
     mallopt(mmap_threshold, 1 << 17)

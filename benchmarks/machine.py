@@ -136,4 +136,7 @@ def thread_environment(threads: int) -> dict[str, str]:
     """Environment of a fresh process whose OpenMP, MKL and OpenBLAS pools have `threads`."""
     count = str(threads)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {**os.environ, **dict.fromkeys(names, count)}
+    # glibc's aligned allocations cut small pieces off; kept in its thread cache, these would keep
+    # freed outputs from being used again, so that every other call clears fresh pages.
+    tunables = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+    return {**os.environ, "GLIBC_TUNABLES": tunables, **dict.fromkeys(names, count)}

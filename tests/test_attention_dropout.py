@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from _helpers.precision import forward_and_backward
 from torch import Tensor
 
-from vqkernels import attention, attention_varlen
+from vqkernels import attention, attention_varlen, backends, use_backend
 from vqkernels.reference.attention import dropout_factors
 
 every_capability = pytest.mark.every_capability
@@ -53,6 +54,18 @@ def seen_forward(
     k = torch.zeros(batch, heads, keys, 8, dtype=dtype)
     v = torch.eye(keys, dtype=dtype).expand(batch, heads, keys, keys)
     return attention(q, k, v, **arguments)
+
+
+def test_a_kernel_without_dropout_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 2, 9, 8)
+    with use_backend("reference"):
+        expected = attention(q, q, q, dropout_p=0.5, seed=SEED)
+    module = importlib.import_module("vqkernels.ops.attention")  # a function goes by this name too
+    monkeypatch.setattr(module, "select", lambda *_: "cuda")
+    assert torch.equal(attention(q, q, q, dropout_p=0.5, seed=SEED), expected)
+    monkeypatch.setattr(backends, "_setting", "cuda")
+    with pytest.raises(ValueError, match="'cuda' cannot serve attention: its kernels have no drop"):
+        attention(q, q, q, dropout_p=0.5, seed=SEED)
 
 
 def test_the_formula() -> None:

@@ -198,6 +198,14 @@ def _why_no_cuda_attention(dtypes: tuple[torch.dtype, ...], gpu: GpuCall | None)
     return None
 
 
+def pass_over(backend: str, op: str, reason: str) -> str:
+    """The reference, for a call that `backend` was chosen for and cannot serve; raises ValueError
+    if it was asked for by name."""
+    if _setting == backend:
+        raise ValueError(f"backend {backend!r} cannot serve {op}: {reason}")
+    return "reference"
+
+
 def _candidates(
     op: str, device: str, dtypes: tuple[torch.dtype, ...], gpu: GpuCall | None
 ) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from vqkernels.backends import select, why_not
+from vqkernels.backends import pass_over, select, why_not
 from vqkernels.ops._checks import check_floating, check_same_device
 from vqkernels.ops._library import define, differentiable, fake, not_differentiable
 from vqkernels.ops._modulation import NO_DOUBLE_BACKWARD
@@ -215,7 +215,7 @@ def attention(
     scale = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
     backend = select("attention", q, k, v)
     if seed is not None and backend == "cuda":
-        raise ValueError("backend 'cuda' cannot serve attention: its kernels have no dropout")
+        backend = pass_over(backend, "attention", "its kernels have no dropout")
     out: tuple[Tensor, Tensor] = _attention(
         q, k, v, attn_mask, is_causal, scale, dropout_p, seed, backend
     )
