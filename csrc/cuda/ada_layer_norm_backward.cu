@@ -6,9 +6,9 @@
 // and keeps the sums down the columns there as well; `modulation_sums.h` adds chunks up in order. A
 // chunk's length follows from the shapes alone, so sums have the same bits on every run and device.
 //
-// At 1152 bf16 columns three warps take a row, 24 bytes a thread and tensor. 12 warps of 141
-// registers have 18 KB under way, with a branch 6 of 184 as much: what an H100 asks for, and no
-// more. Untried: one piece a thread and more warps a row with a branch, 128 registers without.
+// At 1152 bf16 columns three warps take a row, 24 bytes a thread and tensor: 15 warps of 128
+// registers have 23 KB under way. With a branch a thread has one piece only, whose three sums and
+// four tensors take 123 registers: five warps a row, 15 a multiprocessor, 27 KB.
 //
 // Other rows (pieces that memory does not align, a half stream beside a branch of another dtype,
 // more columns than a block holds) are read twice: sums along the rows of a chunk first.
@@ -19,14 +19,18 @@ namespace {
 
 constexpr int kMostChunk = 64, kLeastChunk = 8;  // rows
 constexpr int64_t kChunks = 1024;           // shorter chunks while there would be fewer of them
-constexpr int kBackwardWarps = 8;           // of a row
-constexpr int kMostBackwardColumns = 4096;  // that so many warps hold
+constexpr int kMostBackwardColumns = 4096;  // that a block's warps hold
 constexpr int kAnyThreads = 256;
 
-// Pieces of a row that a thread holds at most.
-template <typename T>
-constexpr int kMostPieces = std::is_same_v<T, float> ? 4 : 2;
+// Pieces of a row that a thread holds at most, and warps of a row that are then enough.
+template <typename T, bool kGated>
+constexpr int kMostPieces = std::is_same_v<T, float> ? 4
+                            : kGated                 ? 1
+                                                     : 2;
+template <typename T, bool kGated>
+constexpr int kBackwardWarps = kMostBackwardColumns / (kMostPieces<T, kGated> * kPiece<T> * kWarp);
 constexpr int kGatePieces = 2;
+constexpr int kGateWarps = 8;
 
 // Sums of rows, one row a chunk: fp32, or a gradient itself.
 struct ChunkSums {
@@ -64,9 +68,10 @@ __device__ __forceinline__ void store_sums(const Results& to, float* of_groups, 
   }
 }
 
-// At least one block: unasked, the compiler aims at more, and spills.
+// So many blocks at least: unasked, the compiler aims at more, and spills.
 template <typename T, int kPieces, bool kNorm, bool kGated>
-__global__ void __launch_bounds__(kBackwardWarps* kWarp, 1)
+__global__ void __launch_bounds__((kNorm ? kBackwardWarps<T, kGated> : kGateWarps) * kWarp,
+                                  kGated ? 1 : 2)
     modulate_rows_backward(ModulateBackward call, Tiles tiles, ChunkSums to) {
   constexpr int kCount = kPiece<T>, kFactor = 0, kGate = kNorm;
   __shared__ RowSums::Slots slots;
@@ -250,9 +255,9 @@ template <typename T, bool kNorm, bool kGated>
 void launch_rows(const ModulateBackward& call, Tiles tiles, const ChunkSums& to,
                  const Context& context) {
   const int64_t pieces = call.width / kPiece<T>;
-  constexpr int kMost = kNorm ? kMostPieces<T> : kGatePieces;
+  constexpr int kMost = kNorm ? kMostPieces<T, kGated> : kGatePieces;
   Share share = share_of(pieces, kMost);
-  if (!kNorm) share = {std::min(share.warps, kBackwardWarps), kGatePieces};
+  if (!kNorm) share = {std::min(share.warps, kGateWarps), kGatePieces};
   const unsigned groups = share.warps > 1 ? 1 : std::min(unsigned(kMostGroups), tiles.rows);
   const int64_t columns = int64_t(share.warps) * kWarp * share.pieces * kPiece<T>;
   if (!kNorm) tiles.column_blocks = blocks_for(call.width, columns);
