@@ -41,3 +41,4 @@ EMULATION_EXPORT int64_t emulation_times_reached(const char* file, int line) {
 }
 
 EMULATION_EXPORT void emulation_forget_reached() { emulation::forget_reached(); }
+EMULATION_EXPORT void emulation_release_stacks() { emulation::release_stacks(); }

@@ -149,6 +149,7 @@ int64_t times_disabled();
 // How often the barrier or wait at this place was reached since `forget_reached`.
 int64_t times_reached(const std::string& file, int line);
 void forget_reached();
+void release_stacks();
 
 // Keeps a message until the next one.
 const char* keep(const char* message);

@@ -107,8 +107,15 @@ void allocate_stacks() {
   stacks.begin = static_cast<unsigned char*>(memory);
   stacks.end = stacks.begin + stride * most_threads;
   for (int index = 0; index < most_threads; ++index) {  // a page that must not be touched
-    mprotect(stacks.begin + stride * index, page, PROT_NONE);
+    if (mprotect(stacks.begin + stride * index, page, PROT_NONE) == 0) continue;
+    release_stacks();
+    throw std::runtime_error("no more mappings for the threads' stacks");
   }
+}
+
+void release_stacks() {
+  if (stacks.begin != nullptr) munmap(stacks.begin, size_t(stacks.end - stacks.begin));
+  stacks = Stacks();
 }
 
 void forget_frames(int count) {

@@ -244,6 +244,11 @@ class Emulator:
             self.library.emulation_unregister(storage.data_ptr())
         self._declared.clear()
 
+    def release(self) -> None:
+        """Gives back the threads' stacks, of whose mappings a process has room for some thirty
+        emulators; the next launch makes them anew."""
+        self.library.emulation_release_stacks()
+
     def set_order(self, order: str, seed: int = 0) -> None:
         """The order that threads run in: forward, reverse or shuffled."""
         self.library.emulation_set_order(ORDERS[order], seed)

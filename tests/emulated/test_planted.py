@@ -290,5 +290,6 @@ def test_a_planted_fault_is_caught(emulators: dict[Fault, Emulator], fault: Faul
             break
         finally:
             emulator.forget()
+    emulator.release()
     assert found, "every case passed"
     assert fault.caught in found
