@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .bench_modulation import BOTH, FORWARD, keep_freed_memory
 from .case import OURS, Check, Provider, Variant
+from .checks import judged
 
 SDPA = "SDPA"
 
@@ -112,23 +113,7 @@ class AttentionCase:
         """At most twice SDPA's error and an ulp of the largest number; 4e-6 of it in fp32."""
         wide = Inputs([t.double() for t in inputs.heads], inputs.grad.double())
         exact = self.keep(self.bind(F.scaled_dot_product_attention, wide)())
-        errors = {
-            name: [float((t.double() - e).abs().max()) for t, e in zip(output, exact, strict=True)]
-            for name, output in outputs.items()
-        }
-        checks = {}
-        for name, found in errors.items():
-            refusal = ""
-            for i, error in enumerate(found):
-                largest = float(exact[i].abs().max())
-                peer = errors[SDPA][i] if SDPA in errors else 0.0
-                allowed = 2 * peer + torch.finfo(outputs[name][i].dtype).eps * largest
-                if self.dtype == "float32":
-                    allowed = max(allowed, 4e-6 * largest)
-                if not error <= allowed:
-                    refusal = f"result {i} is off by {error:.2g}, allowed {allowed:.2g}"
-            checks[name] = Check(self.batch * self.heads * self.tokens, 0, refusal)
-        return checks
+        return judged(exact, outputs, SDPA, 4e-6, self.batch * self.heads * self.tokens)
 
     def packed_bytes(self, inputs: Inputs) -> None:
         return None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .bench_modulation import BOTH, COMPILED, EAGER, EPS, FORWARD, keep_freed_memory
 from .case import OURS, Check, Provider, Variant
+from .checks import judged
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -151,23 +152,7 @@ class BlockCase:
             block, inputs.tokens.double(), inputs.condition.double(), inputs.grad.double()
         )
         exact = self.keep(self.bind(lambda x, c: eager_block(block, x, c), wide)())
-        errors = {
-            name: [float((t.double() - e).abs().max()) for t, e in zip(output, exact, strict=True)]
-            for name, output in outputs.items()
-        }
-        checks = {}
-        for name, found in errors.items():
-            refusal = ""
-            for i, error in enumerate(found):
-                largest = float(exact[i].abs().max())
-                eager = errors[EAGER][i] if EAGER in errors else 0.0
-                allowed = 2 * eager + torch.finfo(outputs[name][i].dtype).eps * largest
-                if self.dtype == "float32":
-                    allowed = max(allowed, 1e-5 * largest)
-                if not error <= allowed:
-                    refusal = f"result {i} is off by {error:.2g}, allowed {allowed:.2g}"
-            checks[name] = Check(self.batch * self.tokens, 0, refusal)
-        return checks
+        return judged(exact, outputs, EAGER, 1e-5, self.batch * self.tokens)
 
     def packed_bytes(self, inputs: Inputs) -> None:
         return None

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .case import OURS, Check, Provider, Variant
+from .checks import judged
 
 EAGER, COMPILED = "eager", "torch.compile"
 FORWARD, BOTH = "forward", "forward+backward"
@@ -200,24 +201,7 @@ class ModulationCase:
         """At most twice eager's error and an ulp of the largest number; 2e-6 of it in fp32."""
         wide = Inputs([t.double() for t in inputs.arguments], [g.double() for g in inputs.grads])
         exact = self.keep(self.bind(self.functions()[1], wide)())
-        errors = {
-            name: [float((t.double() - e).abs().max()) for t, e in zip(output, exact, strict=True)]
-            for name, output in outputs.items()
-        }
-        checks = {}
-        for name, found in errors.items():
-            refusal = ""
-            for i, error in enumerate(found):
-                largest = float(exact[i].abs().max())
-                ulp = torch.finfo(outputs[name][i].dtype).eps * largest
-                eager = errors[EAGER][i] if EAGER in errors else 0.0
-                allowed = 2 * eager + ulp
-                if outputs[name][i].dtype == torch.float32:
-                    allowed = max(allowed, 2e-6 * largest)
-                if not error <= allowed:
-                    refusal = f"result {i} is off by {error:.2g}, allowed {allowed:.2g}"
-            checks[name] = Check(self.batch * self.tokens, 0, refusal)
-        return checks
+        return judged(exact, outputs, EAGER, 2e-6, self.batch * self.tokens)
 
     def packed_bytes(self, inputs: Inputs) -> None:
         return None

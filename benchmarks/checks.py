@@ -1,8 +1,9 @@
-"""Whether indices are right: a float64 search, and the error that fp32 rounding may explain."""
+"""Whether results are right: a float64 search for indices, float64 results for the rest, and the
+error that rounding may explain."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,3 +132,31 @@ def _malformed(indices: Tensor, rows: int, codebook_size: int) -> str:
         return f"expected int64 indices [{rows}], got {indices.dtype} {list(indices.shape)}"
     bad = int(((indices < 0) | (indices >= codebook_size)).sum())
     return f"{bad} indices outside 0..{codebook_size - 1}" if bad else ""
+
+
+def judged(
+    exact: Sequence[Tensor],
+    outputs: Mapping[str, Sequence[Tensor]],
+    peer: str,
+    fp32_floor: float,
+    rows: int,
+) -> dict[str, Check]:
+    """Every provider's results against float64: at most twice the peer's largest error and an ulp
+    of the largest number; in fp32 `fp32_floor` of it."""
+    errors = {
+        name: [float((t.double() - e).abs().max()) for t, e in zip(output, exact, strict=True)]
+        for name, output in outputs.items()
+    }
+    checks = {}
+    for name, found in errors.items():
+        refusal = ""
+        for i, error in enumerate(found):
+            largest, dtype = float(exact[i].abs().max()), outputs[name][i].dtype
+            of_peer = errors[peer][i] if peer in errors else 0.0
+            allowed = 2 * of_peer + torch.finfo(dtype).eps * largest
+            if dtype == torch.float32:
+                allowed = max(allowed, fp32_floor * largest)
+            if not error <= allowed:
+                refusal = f"result {i} is off by {error:.2g}, allowed {allowed:.2g}"
+        checks[name] = Check(rows, 0, refusal)
+    return checks
