@@ -1,6 +1,16 @@
 """Samplers: diffusers' schedulers over one step kernel, and rectified flow's Euler loop."""
 
 from vqkernels.schedulers.ddim import DDIMScheduler
+from vqkernels.schedulers.ddim_inverse import DDIMInverseScheduler
+from vqkernels.schedulers.ddpm import DDPMScheduler
+from vqkernels.schedulers.lcm import LCMScheduler
 from vqkernels.schedulers.rectified_flow import TIME_SCALE, euler_sample
 
-__all__ = ["TIME_SCALE", "DDIMScheduler", "euler_sample"]
+__all__ = [
+    "TIME_SCALE",
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "LCMScheduler",
+    "euler_sample",
+]

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vqkernels.ops.denoise_step import denoise_coefficients, denoise_step
+from vqkernels.ops.denoise_step import DenoiseStepOutput, denoise_coefficients, denoise_step
 from vqkernels.ops.normal_noise import normal_noise
 from vqkernels.schedulers._config import Configured
 from vqkernels.schedulers._noise import STEP_STREAM, Generators, check_source, draw
@@ -241,6 +241,14 @@ class Scheduler(Configured):
         )
 
     def _advance(
+        self, sample: Tensor, model_output: Tensor, index: int | Tensor, **operands: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step of the present table: `(prev_sample, prediction or None)`; takes `_run`'s
+        arguments, `want_prediction` among them."""
+        result = self._run(sample, model_output, index, **operands)
+        return result.prev_sample, result.prediction
+
+    def _run(
         self,
         sample: Tensor,
         model_output: Tensor,
@@ -252,10 +260,9 @@ class Scheduler(Configured):
         noise: Tensor | None = None,
         seed: int | Tensor | None = None,
         sample_ids: Tensor | None = None,
-        want_prediction: bool = True,
         **operands: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One step of the present table: `(prev_sample, prediction or None)`.
+    ) -> DenoiseStepOutput:
+        """The one op call of a step.
 
         Args:
             sample, model_output: `[B, ...]`.
@@ -265,7 +272,7 @@ class Scheduler(Configured):
             guidance_scale, guidance_rescale: numbers, or tensors of one value or one a sample.
             noise: the step's normals; or `seed` and `sample_ids`, from which the op draws those
                 of step `index`, stream 1. Neither where the row has no noise.
-            **operands: further arguments of `denoise_step`.
+            **operands: further arguments of `denoise_step`: history, want_prediction, ...
         """
         self._move(sample.device)
         table = self._tabulate()
@@ -282,7 +289,7 @@ class Scheduler(Configured):
             elif guidance != self._guidance:
                 table[:, 0], table[:, 1] = guidance
                 self._guidance = guidance
-        result = denoise_step(
+        return denoise_step(
             sample,
             model_output,
             table,
@@ -293,10 +300,8 @@ class Scheduler(Configured):
             stream=STEP_STREAM,
             threshold=self._threshold,
             ratio=self._ratio,
-            want_prediction=want_prediction,
             **operands,
         )
-        return result.prev_sample, result.prediction
 
     def _move(self, device: torch.device) -> None:
         """Take table and rows to the samples' device, where `set_timesteps` wasn't told it."""
