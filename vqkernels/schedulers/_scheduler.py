@@ -240,15 +240,7 @@ class Scheduler(Configured):
             device=like.device,
         )
 
-    def _advance(
-        self, sample: Tensor, model_output: Tensor, index: int | Tensor, **operands: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """One step of the present table: `(prev_sample, prediction or None)`; takes `_run`'s
-        arguments, `want_prediction` among them."""
-        result = self._run(sample, model_output, index, **operands)
-        return result.prev_sample, result.prediction
-
-    def _run(
+    def _denoise(
         self,
         sample: Tensor,
         model_output: Tensor,
@@ -260,9 +252,10 @@ class Scheduler(Configured):
         noise: Tensor | None = None,
         seed: int | Tensor | None = None,
         sample_ids: Tensor | None = None,
+        want_prediction: bool = True,
         **operands: Any,
     ) -> DenoiseStepOutput:
-        """The one op call of a step.
+        """One step of the present table.
 
         Args:
             sample, model_output: `[B, ...]`.
@@ -272,7 +265,7 @@ class Scheduler(Configured):
             guidance_scale, guidance_rescale: numbers, or tensors of one value or one a sample.
             noise: the step's normals; or `seed` and `sample_ids`, from which the op draws those
                 of step `index`, stream 1. Neither where the row has no noise.
-            **operands: further arguments of `denoise_step`: history, want_prediction, ...
+            **operands: further arguments of `denoise_step`.
         """
         self._move(sample.device)
         table = self._tabulate()
@@ -300,8 +293,16 @@ class Scheduler(Configured):
             stream=STEP_STREAM,
             threshold=self._threshold,
             ratio=self._ratio,
+            want_prediction=want_prediction,
             **operands,
         )
+
+    def _advance(
+        self, sample: Tensor, model_output: Tensor, index: int | Tensor, **operands: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(prev_sample, prediction or None)` of one step; arguments are those of `_denoise`."""
+        result = self._denoise(sample, model_output, index, **operands)
+        return result.prev_sample, result.prediction
 
     def _move(self, device: torch.device) -> None:
         """Take table and rows to the samples' device, where `set_timesteps` wasn't told it."""

@@ -107,11 +107,11 @@ class LCMScheduler(BetaScheduler):
         self.custom_timesteps = timesteps is not None
         if timesteps is not None:
             values = check_custom_timesteps(timesteps, len(self))
-            _warn_of_others(values, origin)
             self.num_inference_steps = len(values)
             values = values[len(values) - int(len(values) * strength) :]
             if len(values) == 0:
                 raise ValueError(f"strength must leave a timestep, got {strength}")
+            _warn_of_others(values, origin)
         else:
             steps = check_steps(num_inference_steps, len(self))
             if steps > len(origin):
@@ -231,8 +231,8 @@ class LCMScheduler(BetaScheduler):
     def _advance(
         self, sample: Tensor, model_output: Tensor, index: int | Tensor, **operands: Any
     ) -> tuple[Tensor, Tensor | None]:
-        operands["want_extra"] = operands.pop("want_prediction", True)
-        result = self._run(sample, model_output, index, **operands)
+        operands |= {"want_extra": operands.get("want_prediction", True), "want_prediction": False}
+        result = self._denoise(sample, model_output, index, **operands)
         return result.prev_sample, result.extra
 
     def _step_as_diffusers(
