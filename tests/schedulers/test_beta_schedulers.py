@@ -194,6 +194,25 @@ def test_an_element_of_timesteps_tells_its_row() -> None:
         assert scheduler.step_index == row + 1
 
 
+def test_steps_compile() -> None:
+    """Into one graph, where nothing has to be read: with a place to begin, or numbers for t."""
+    scheduler, x = DDIMScheduler(), start()
+    scheduler.set_timesteps(3)
+    expected = loop(scheduler, x, lambda x, t: x.tanh())
+
+    @torch.compile(fullgraph=True)
+    def step(x: Tensor, t: Tensor | int) -> Tensor:
+        return scheduler.step(x.tanh(), t, x).prev_sample
+
+    for timesteps in (scheduler.timesteps, scheduler.timesteps.tolist()):
+        scheduler.set_timesteps(3)
+        scheduler.set_begin_index(0)
+        found = x
+        for t in timesteps:
+            found = step(found, t)
+        assert distance(found, expected) < BOUND
+
+
 @every_class
 def test_the_protocol_of_one_step(name: str) -> None:
     """`_advance` takes the row as a number or as a tensor; the table is public."""

@@ -162,6 +162,8 @@ class Scheduler(Configured):
         mine = self.timesteps
         if timestep.dtype != mine.dtype or timestep.device != mine.device:
             return None
+        if torch.compiler.is_compiling():  # traced tensors lie nowhere
+            return None
         if timestep.untyped_storage().data_ptr() != mine.untyped_storage().data_ptr():
             return None
         return int(timestep.storage_offset() - mine.storage_offset())
