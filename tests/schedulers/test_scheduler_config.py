@@ -15,6 +15,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from vqkernels import schedulers
 
@@ -146,6 +147,19 @@ def test_overrides_and_unused_arguments() -> None:
         ours.from_pretrained("a/directory")
     with pytest.raises(ValueError, match="push_to_hub"):
         scheduler.save_pretrained("unused", push_to_hub=True)
+
+
+def test_pipelines_replace_the_config() -> None:
+    """As those of Stable Diffusion do with old configs: the next schedule goes by the new one."""
+    x = torch.linspace(-3, 3, 24).reshape(2, 3, 4)
+    results = []
+    for scheduler in (schedulers.DDIMScheduler(), diffusers.DDIMScheduler()):
+        corrected = {**scheduler.config, "clip_sample": False, "steps_offset": 1}
+        scheduler._internal_dict = FrozenDict(corrected)
+        scheduler.set_timesteps(4)
+        results.append(scheduler.step(x, 751, x.sin()).prev_sample)
+    assert results[0].abs().max() > 1.1
+    assert torch.allclose(results[0], results[1], rtol=1e-5)
 
 
 def test_trained_betas_are_written(tmp_path: Path) -> None:
