@@ -148,13 +148,25 @@ def test_bad_schedules_and_steps(name: str) -> None:
 
 
 class NoReads(TorchDispatchMode):
-    """Raises where the host reads a tensor's value, waits for it, or moves it."""
+    """Raises where the host reads a tensor's value, waits for it, moves it, or copies a number of
+    its own to a device."""
+
+    forbidden = (
+        *("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"),
+        *("_to_copy", "lift_fresh", "lift_fresh_copy"),
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        forbidden = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_to_copy")
-        assert name not in forbidden, f"{name} in a step"
+        assert name not in self.forbidden, f"{name} in a step"
         return func(*args, **(kwargs or {}))
+
+
+def test_reads_are_noticed() -> None:
+    x = torch.ones(())
+    for read in (x.item, lambda: bool(x > 0), lambda: torch.tensor(3.0), x.double):
+        with NoReads(), pytest.raises(AssertionError, match="in a step"):
+            read()
 
 
 @every_class

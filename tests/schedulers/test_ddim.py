@@ -183,6 +183,13 @@ def test_guided_a_sample() -> None:
     one = scheduler.step(conditional, t, x, guidance_scale=2.0, **keyed).prev_sample
     same = torch.tensor([2.0, 2.0])
     assert distance(scheduler.step(conditional, t, x, guidance_scale=same, **keyed)[0], one) < 1e-6
+    for guidance in (
+        {"guidance_scale": 2.0},
+        {"guidance_scale": scales},
+        {"guidance_rescale": 0.7},
+    ):
+        with pytest.raises(ValueError, match="need uncond_output, got None"):
+            scheduler.step(conditional, t, x, **guidance)
     theirs = DDIMScheduler(numerics="diffusers")
     theirs.set_timesteps(4)
     with pytest.raises(ValueError, match="uncond_output needs numerics='exact'"):

@@ -272,10 +272,14 @@ class Scheduler(Configured):
         self._move(sample.device)
         table = self._tabulate()
         row = self._rows[index] if isinstance(index, int) else index
-        if uncond_output is not None:
+        guidance = (guidance_scale, guidance_rescale)
+        a_sample = any(isinstance(value, Tensor) for value in guidance)
+        if uncond_output is None:
+            if a_sample or guidance != (1.0, 0.0):
+                raise ValueError("guidance_scale and guidance_rescale need uncond_output, got None")
+        else:
             operands["uncond_output"] = uncond_output
-            guidance = (guidance_scale, guidance_rescale)
-            if any(isinstance(value, Tensor) for value in guidance):
+            if a_sample:
                 table = _rows_guided(table, row, guidance, len(sample))
                 if seed is not None:
                     noise, seed = self._keyed(sample, row, seed, sample_ids), None
