@@ -63,10 +63,7 @@ class Scheduler(Configured):
     _table: Tensor | None = None  # [T, 22] of `denoise_step`, float32
     _defaults: ClassVar[dict[str, Any]] = {}  # arguments of `step` that the table depends on
     _options: dict[str, Any] | None = None  # their values in the present table
-    _guidance: tuple[float | Tensor, float | Tensor] = (
-        1.0,
-        0.0,
-    )  # guidance_scale and guidance_rescale in the table
+    _guidance: tuple[float | Tensor, float | Tensor] = (1.0, 0.0)  # in the table's columns 0 and 1
     _rows: Tensor  # arange(T) beside the table: its views are row indices
     _values: list[float]  # `timesteps` on the host
     _rows_of: dict[float, list[int]]  # where in `timesteps` a value is
@@ -282,8 +279,9 @@ class Scheduler(Configured):
             if a_sample:
                 table = _rows_guided(table, row, guidance, len(sample))
                 if seed is not None:
-                    noise, seed = self._keyed(sample, row, seed, sample_ids), None
-                    sample_ids = None
+                    # The op would take the sample's row of this table for the step.
+                    noise = self._keyed(sample, row, seed, sample_ids, torch.float32)
+                    seed = sample_ids = None
                 row = torch.arange(len(table), device=sample.device)
             elif guidance != self._guidance:
                 table[:, 0], table[:, 1] = guidance
