@@ -45,7 +45,7 @@ class BetaScheduler(Scheduler):
                 config.beta_start,
                 config.beta_end,
                 trained=config.trained_betas,
-                zero_snr=config.rescale_betas_zero_snr,
+                zero_snr=config.get("rescale_betas_zero_snr", False),
                 dtype=dtype,
             )
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vqkernels.ops.denoise_step import denoise_coefficients, denoise_step
+from vqkernels.ops.denoise_step import DenoiseStepOutput, denoise_coefficients, denoise_step
 from vqkernels.ops.normal_noise import normal_noise
 from vqkernels.schedulers._config import Configured
 from vqkernels.schedulers._noise import STEP_STREAM, Generators, check_source, draw
@@ -240,7 +240,7 @@ class Scheduler(Configured):
             device=like.device,
         )
 
-    def _advance(
+    def _denoise(
         self,
         sample: Tensor,
         model_output: Tensor,
@@ -254,8 +254,8 @@ class Scheduler(Configured):
         sample_ids: Tensor | None = None,
         want_prediction: bool = True,
         **operands: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One step of the present table: `(prev_sample, prediction or None)`.
+    ) -> DenoiseStepOutput:
+        """One step of the present table.
 
         Args:
             sample, model_output: `[B, ...]`.
@@ -282,7 +282,7 @@ class Scheduler(Configured):
             elif guidance != self._guidance:
                 table[:, 0], table[:, 1] = guidance
                 self._guidance = guidance
-        result = denoise_step(
+        return denoise_step(
             sample,
             model_output,
             table,
@@ -296,6 +296,12 @@ class Scheduler(Configured):
             want_prediction=want_prediction,
             **operands,
         )
+
+    def _advance(
+        self, sample: Tensor, model_output: Tensor, index: int | Tensor, **operands: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(prev_sample, prediction or None)` of one step; arguments are those of `_denoise`."""
+        result = self._denoise(sample, model_output, index, **operands)
         return result.prev_sample, result.prediction
 
     def _move(self, device: torch.device) -> None:
