@@ -39,7 +39,7 @@ def make_betas(
     | "scaled_linear"     | square of a line from sqrt(start) to sqrt(end) | arXiv:2112.10752 |
     | "squaredcos_cap_v2" | alphas_cumprod ~ cos^2, betas at most 0.999    | arXiv:2102.09672 |
     | "sigmoid"           | start + (end - start) sigmoid(-6 .. 6)         | arXiv:2203.02923 |
-    | "exp"               | alphas_cumprod ~ exp(-12 time), betas at most 0.999     |                  |
+    | "exp"               | alphas_cumprod ~ exp(-12 time)                 | none             |
     | "laplace"           | log signal-to-noise ratios follow Laplace's    | arXiv:2407.03297 |
     |                     | distribution                                   |                  |
     """

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vqkernels.schedulers._beta_scheduler import BetaScheduler
-from vqkernels.schedulers._sigma_scheduler import SigmaScheduler
+from vqkernels.schedulers._sigma_scheduler import AdditiveScheduler
 from vqkernels.schedulers._sigmas import (
     Levels,
     given_levels,
-    respaced_sigmas,
+    respaced_like,
     respacing_of,
     sigma_to_t,
     variance_exploding_sigmas,
@@ -38,7 +38,7 @@ class Readings(NamedTuple):
     slope_output: Tensor
 
 
-class ExplodingScheduler(SigmaScheduler, BetaScheduler):
+class ExplodingScheduler(AdditiveScheduler, BetaScheduler):
     """Levels from betas, spacings of timesteps and of levels, what predictions mean."""
 
     _trained: Levels  # sigma of each training timestep, ascending
@@ -90,13 +90,7 @@ class ExplodingScheduler(SigmaScheduler, BetaScheduler):
     def _respaced(self, levels: Levels, steps: int) -> tuple[Levels, Levels]:
         """`(levels, their timesteps)`, spaced as the config says between the ends of `levels`."""
         assert self._respacing is not None
-        low, high = self.config.get("sigma_min"), self.config.get("sigma_max")
-        spaced = respaced_sigmas(
-            self._respacing,
-            steps,
-            levels[-1].item() if low is None else low,
-            levels[0].item() if high is None else high,
-        )
+        spaced = respaced_like(self.config, self._respacing, levels, steps)
         return spaced, self._times_of(spaced)
 
     def _times_of(self, levels: Levels) -> Levels:
@@ -125,11 +119,9 @@ class ExplodingScheduler(SigmaScheduler, BetaScheduler):
             return scaled + sample / (sigma**2 + 1)
         return model_output
 
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The model's input, sample / sqrt(sigma^2 + 1): of variance 1 for data of variance 1."""
         row = self._next_row(timestep)
         if self.numerics == "diffusers":
             return sample / (self.sigmas[row] ** 2 + 1) ** 0.5
         return sample * float((self._sigmas[row] ** 2 + 1) ** -0.5)
-
-

@@ -19,7 +19,7 @@ _MAX_GAMMA = 2**0.5 - 1
 
 
 class SigmaScheduler(Scheduler):
-    """Levels, churn and noising; a subclass says how data and noise mix at a level.
+    """Levels and churn; a subclass says how data and noise mix at a level.
 
     `sigmas` is float32 and longer than the schedule: it ends with the level after the last step.
     """
@@ -48,7 +48,7 @@ class SigmaScheduler(Scheduler):
 
     def _gamma(self, row: int, s_churn: float, s_tmin: float, s_tmax: float) -> float:
         """By what share a row's level is raised."""
-        if not s_tmin <= float(self.sigmas[row]) <= s_tmax:
+        if not s_tmin <= float(self._sigmas[row].float()) <= s_tmax:
             return 0.0
         return min(s_churn / (len(self.sigmas) - 1), _MAX_GAMMA)
 
@@ -96,42 +96,33 @@ class SigmaScheduler(Scheduler):
         added = s_noise * float(self._sigmas[row]) * ((1 + gamma) ** 2 - 1) ** 0.5
         weight = torch.ones(len(sample), device=sample.device)
         self._move(sample.device)
-        step = {"step": self._rows[row], "stream": STEP_STREAM} if seed is not None else {}
-        return diffuse(sample, weight, weight * added, **noise, **step)[0], gamma
+        if seed is not None:
+            noise |= {"step": self._rows[row], "stream": STEP_STREAM}
+        return diffuse(sample, weight, weight * added, **noise)[0], gamma
 
     # Noising at the schedule's timesteps.
 
     def _data_weight(self, sigma: Tensor) -> Tensor:
-        """The weight of the data where noise has the weight sigma: here data + sigma * noise."""
-        return torch.ones_like(sigma)
+        """The weight of the data where noise has the weight sigma."""
+        raise NotImplementedError
 
     def _mix_as_diffusers(self, data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        return data + noise * sigma
+        raise NotImplementedError
 
-    def _noised(self, data: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        check_floating("original_samples", data)
+    def _noised(
+        self, data: Tensor, noise: Tensor | None, timesteps: Tensor, name: str = "original_samples"
+    ) -> Tensor:
+        """`data` mixed with noise at the levels of these timesteps."""
+        check_floating(name, data)
         rows = self._rows_at(timesteps, data)
+        if noise is None:
+            raise ValueError("noise must be given, got None")
         if self._rounds_as_diffusers(data):
             sigma = self.sigmas.to(device=data.device, dtype=data.dtype)[rows]
             sigma = sigma.reshape(sigma.shape + (1,) * (data.dim() - sigma.dim()))
             return self._mix_as_diffusers(data, noise, sigma)
         sigma = self._sigmas.to(data.device)[rows]
         return diffuse(data, self._data_weight(sigma), sigma, noise=noise)[0]
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """original_samples + sigma(t) noise.
-
-        Args:
-            original_samples: `[B, ...]`.
-            noise: the same shape.
-            timesteps: of the schedule, `[]`, `[B]`, or more of the samples' leading dimensions (a
-                timestep a token: `[B, N]` for samples `[B, N, D]`). Once a loop has begun
-                (`set_begin_index`, `step`), noise is that of its present step whatever they are.
-
-        Raises:
-            ValueError: a shape or device that does not fit; a timestep outside of the schedule.
-        """
-        return self._noised(original_samples, noise, timesteps)
 
     def _rounds_as_diffusers(self, sample: Tensor) -> bool:
         if sample.dtype in (torch.float16, torch.bfloat16):
@@ -161,6 +152,31 @@ class SigmaScheduler(Scheduler):
                 f"{float(ascending[0]):g}), got {float(wanted[missing].flatten()[0]):g}"
             )
         return order[place]
+
+
+class AdditiveScheduler(SigmaScheduler):
+    """Levels of x0 + sigma z: the data keeps its weight."""
+
+    def _data_weight(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
+
+    def _mix_as_diffusers(self, data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        return data + noise * sigma
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """original_samples + sigma(t) noise.
+
+        Args:
+            original_samples: `[B, ...]`.
+            noise: the same shape.
+            timesteps: of the schedule, `[]`, `[B]`, or more of the samples' leading dimensions (a
+                timestep a token: `[B, N]` for samples `[B, N, D]`). Once a loop has begun
+                (`set_begin_index`, `step`), noise is that of its present step whatever they are.
+
+        Raises:
+            ValueError: a shape or device that does not fit; a timestep outside of the schedule.
+        """
+        return self._noised(original_samples, noise, timesteps)
 
 
 def per_sample(timesteps: Tensor, data: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from vqkernels.ops._checks import check_choice
 from vqkernels.schedulers._config import configured
 from vqkernels.schedulers._noise import Generators
 from vqkernels.schedulers._scheduler import PredictionOutput
-from vqkernels.schedulers._sigma_scheduler import SigmaScheduler
+from vqkernels.schedulers._sigma_scheduler import AdditiveScheduler
 from vqkernels.schedulers._sigmas import Levels, given_levels, karras_sigmas
 from vqkernels.schedulers._spacing import check_steps
 
@@ -24,7 +25,7 @@ class EDMEulerSchedulerOutput(PredictionOutput):
     pass
 
 
-class EDMEulerScheduler(SigmaScheduler):
+class EDMEulerScheduler(AdditiveScheduler):
     """Deterministic sampling, or stochastic with `s_churn > 0`, of a preconditioned model.
 
     With s = sigma at a step, s' at the next one and d = sigma_data:
@@ -140,7 +141,7 @@ class EDMEulerScheduler(SigmaScheduler):
         signed = -sigma if self.config.prediction_type == "v_prediction" else sigma
         return kept * sample + signed * data / (sigma**2 + data**2) ** 0.5 * model_output
 
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The model's input: `precondition_inputs` at the step's level."""
         row = self._next_row(timestep)
         exact = self.numerics == "exact"
@@ -225,8 +226,8 @@ class EDMEulerScheduler(SigmaScheduler):
             slope = (sample - data) / raised
             previous = (sample + slope * (self.sigmas[row + 1] - raised)).to(model_output.dtype)
         elif data is not None:
-            level = float(self._sigmas[row]) * (1 + gamma)
-            previous = torch.lerp(data, sample, float(self._sigmas[row + 1]) / level)
+            share = float(self._sigmas[row + 1] / (self._sigmas[row] * (1 + gamma)))
+            previous = torch.lerp(data.to(sample.dtype), sample, share)
         else:
             previous, data = self._advance(
                 sample,

@@ -79,7 +79,7 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         self._set_sigmas(np.append(self._at_times(times), 0.0))
         self._lay_out(torch.from_numpy(times.astype(np.float32)), device)
 
-    def _columns(self) -> dict[str, Tensor | float]:
+    def _columns(self, **options: Any) -> dict[str, Tensor | float]:
         sigma, following = self._sigmas[:-1], self._sigmas[1:]
         readings = self._readings(sigma, sigma)
         change = following**2 / sigma - sigma
@@ -162,6 +162,7 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         sigma, following = self.sigmas[row], self.sigmas[row + 1]
         data = self._data_as_diffusers(sample, model_output, sigma, sigma)
         up = (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5
-        down = (following**2 - up**2) ** 0.5
+        rest = following**2 - up**2
+        down = (rest if "ancestral_nan" in self.compat else rest.clamp(min=0)) ** 0.5
         previous = sample + (sample - data) / sigma * (down - sigma) + noise * up
         return previous.to(model_output.dtype), data

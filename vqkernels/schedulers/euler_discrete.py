@@ -148,8 +148,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         levels = given_levels("sigmas", sigmas, self._precision)
         if len(levels) < 2 or levels[-2] == 0:
             raise ValueError(
-                "sigmas must hold positive levels and one more for the end, "
-                f"got {levels.tolist()}"
+                f"sigmas must hold positive levels and one more for the end, got {levels.tolist()}"
             )
         return levels
 
@@ -224,9 +223,10 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         if self.numerics == "diffusers":
             sigma = self.sigmas[row]
             raised = sigma * (gamma + 1)
-            data: Tensor | None = self._data_as_diffusers(sample, model_output, sigma, raised)
-            slope = (sample - data) / raised
+            known = self._data_as_diffusers(sample, model_output, sigma, raised)
+            slope = (sample - known) / raised
             previous = (sample + slope * (self.sigmas[row + 1] - raised)).to(model_output.dtype)
+            data: Tensor | None = known
         else:
             previous, data = self._advance(
                 sample,

@@ -111,7 +111,7 @@ class HeunDiscreteScheduler(HeunPairs, ExplodingScheduler):
         self._set_sigmas(np.append(doubled(levels), 0.0))
         return torch.from_numpy(doubled(times).astype(np.float32))
 
-    def _columns(self) -> dict[str, Tensor | float]:
+    def _columns(self, **options: Any) -> dict[str, Tensor | float]:
         sigma = self._sigmas[:-1]
         readings = self._readings(sigma, sigma)
         if self._threshold == "none":
@@ -186,5 +186,3 @@ class HeunDiscreteScheduler(HeunPairs, ExplodingScheduler):
         first_sample, first_slope = first
         change = sigma - self.sigmas[row - 1]
         return first_sample + (first_slope + slope) / 2 * change, data
-
-
