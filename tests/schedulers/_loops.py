@@ -1,0 +1,92 @@
+"""Whole loops of a scheduler on levels beside diffusers': its roundings, and exact coefficients."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+from _peers import assert_follows, float64_for_float32, loop, start, toy_model
+from torch import Tensor
+
+from vqkernels import schedulers
+from vqkernels.schedulers._compat import FAULTS
+
+ALL_FAULTS = tuple(FAULTS)
+_FLOAT32 = torch.float32
+_randn = torch.randn
+
+
+def theirs(name: str, config: dict[str, Any], **schedule: Any) -> Any:
+    scheduler = getattr(diffusers, name)(**config)
+    scheduler.set_timesteps(**schedule)
+    return scheduler
+
+
+def ours(
+    name: str,
+    config: dict[str, Any],
+    *,
+    numerics: str = "exact",
+    compat: Any = None,
+    **schedule: Any,
+) -> Any:
+    scheduler = getattr(schedulers, name)(**config, numerics=numerics, compat=compat)
+    scheduler.set_timesteps(**schedule)
+    return scheduler
+
+
+def run(scheduler: Any, x: Tensor, *, seeded: bool = False, **options: Any) -> Tensor:
+    """A loop whose noise, if it has any, comes from a generator of its own."""
+    if seeded:
+        options["generator"] = torch.Generator().manual_seed(3)
+    return loop(scheduler, x, toy_model, **options)
+
+
+def in_float64(
+    name: str, config: dict[str, Any], schedule: dict[str, Any], x: Tensor, **options: Any
+) -> Tensor:
+    """diffusers' loop in float64, on the noise that it draws in float32."""
+
+    def randn(*shape: Any, dtype: Any = None, **kwargs: Any) -> Tensor:
+        return _randn(*shape, dtype=_FLOAT32, **kwargs).double()
+
+    with float64_for_float32(), mock.patch.object(torch, "randn", randn):
+        return run(theirs(name, config, **schedule), x.double(), **options)
+
+
+def assert_is_diffusers(
+    name: str,
+    config: dict[str, Any],
+    schedule: dict[str, Any] | int,
+    *,
+    shape: tuple[int, ...] = (2, 3, 8, 8),
+    **options: Any,
+) -> None:
+    """numerics="diffusers" is diffusers bit for bit; exact coefficients, with its faults, are
+    within the bound of it or of its equations in float64."""
+    if isinstance(schedule, int):
+        schedule = {"num_inference_steps": schedule}
+    peer = theirs(name, config, **schedule)
+    rounded = ours(name, config, numerics="diffusers", **schedule)
+    exact = ours(name, config, compat=ALL_FAULTS, **schedule)
+
+    assert rounded.timesteps.dtype == exact.timesteps.dtype == peer.timesteps.dtype
+    assert torch.equal(rounded.timesteps, peer.timesteps)
+    assert torch.equal(rounded.sigmas, peer.sigmas)
+    assert exact.sigmas.dtype == peer.sigmas.dtype
+    torch.testing.assert_close(exact.timesteps, peer.timesteps, rtol=1e-5, atol=2e-3)
+    assert rounded.num_inference_steps == exact.num_inference_steps
+    assert float(rounded.init_noise_sigma) == float(peer.init_noise_sigma)
+
+    x = (
+        start(shape) * float(peer.init_noise_sigma)
+        if hasattr(peer, "init_noise_sigma")
+        else start(shape)
+    )
+    expected = run(peer, x, **options)
+    torch.testing.assert_close(run(rounded, x, **options), expected, rtol=0, atol=0, equal_nan=True)
+    result = run(exact, x, **options)
+    assert result.dtype == x.dtype
+    assert_follows(result, expected, in_float64(name, config, schedule, x, **options))
