@@ -18,9 +18,10 @@ _FLOAT32 = torch.float32
 _randn = torch.randn
 
 
-def theirs(name: str, config: dict[str, Any], **schedule: Any) -> Any:
+def theirs(name: str, config: dict[str, Any], *, laid_out: bool = True, **schedule: Any) -> Any:
     scheduler = getattr(diffusers, name)(**config)
-    scheduler.set_timesteps(**schedule)
+    if laid_out:
+        scheduler.set_timesteps(**schedule)
     return scheduler
 
 
@@ -29,11 +30,13 @@ def ours(
     config: dict[str, Any],
     *,
     numerics: str = "exact",
-    compat: Any = None,
+    compat: tuple[str, ...] | None = None,
+    laid_out: bool = True,
     **schedule: Any,
 ) -> Any:
     scheduler = getattr(schedulers, name)(**config, numerics=numerics, compat=compat)
-    scheduler.set_timesteps(**schedule)
+    if laid_out:
+        scheduler.set_timesteps(**schedule)
     return scheduler
 
 
