@@ -28,8 +28,11 @@ def start(shape: tuple[int, ...] = (2, 3, 8, 8), seed: int = 5) -> Tensor:
 
 def loop(scheduler: Any, x: Tensor, model: Any = toy_model, **options: Any) -> Tensor:
     """All steps of a schedule, as a pipeline runs them."""
+    scaled = getattr(
+        scheduler, "scale_model_input", lambda sample, t: sample
+    )  # not diffusers' flows
     for t in scheduler.timesteps:
-        output = model(scheduler.scale_model_input(x, t), t)
+        output = model(scaled(x, t), t)
         x = scheduler.step(output, t, x, **options).prev_sample
     return x
 

@@ -46,9 +46,13 @@ class SigmaScheduler(Scheduler):
 
     # Churn, noise added before a step: Karras et al. 2022, arXiv:2206.00364, algorithm 2.
 
+    def _level_row(self, row: int) -> int:
+        """Where in `sigmas` the level is that a row's churn raises."""
+        return row
+
     def _gamma(self, row: int, s_churn: float, s_tmin: float, s_tmax: float) -> float:
         """By what share a row's level is raised."""
-        if not s_tmin <= float(self._sigmas[row].float()) <= s_tmax:
+        if not s_tmin <= float(self._sigmas[self._level_row(row)].float()) <= s_tmax:
             return 0.0
         return min(s_churn / (len(self.sigmas) - 1), _MAX_GAMMA)
 
@@ -90,10 +94,10 @@ class SigmaScheduler(Scheduler):
             dtype=model_output.dtype,
         )
         if self.numerics == "diffusers":
-            sigma = self.sigmas[row]
+            sigma = self.sigmas[self._level_row(row)]
             raised = sigma * (gamma + 1)
             return sample + noise["noise"] * s_noise * (raised**2 - sigma**2) ** 0.5, gamma
-        added = s_noise * float(self._sigmas[row]) * ((1 + gamma) ** 2 - 1) ** 0.5
+        added = s_noise * float(self._sigmas[self._level_row(row)]) * ((1 + gamma) ** 2 - 1) ** 0.5
         weight = torch.ones(len(sample), device=sample.device)
         self._move(sample.device)
         if seed is not None:

@@ -74,9 +74,8 @@ class FlowMatchHeunDiscreteScheduler(HeunPairs, FlowScheduler):
         times = torch.from_numpy(doubled((levels * train).numpy()))
         self._lay_out(times.float(), device)
 
-    def _gamma(self, row: int, s_churn: float, s_tmin: float, s_tmax: float) -> float:
-        """Both calls of a level churn as the first's level asks for."""
-        return super()._gamma(row - row % 2, s_churn, s_tmin, s_tmax)
+    def _level_row(self, row: int) -> int:
+        return row - row % 2  # both calls churn as the first one's level asks for
 
     def _columns(self, **churn: float) -> dict[str, Tensor | float]:
         sigma, raised, _ = self._levels_of_rows(**churn)
