@@ -108,7 +108,7 @@ class ExplodingScheduler(AdditiveScheduler, BetaScheduler):
             return Readings(kept, -output, sigma**2 * kept / raised, output / raised)
         return Readings(torch.zeros_like(sigma), torch.ones_like(sigma), 1 / raised, -1 / raised)
 
-    def _data_as_diffusers(
+    def _exploded_data_as_diffusers(
         self, sample: Tensor, model_output: Tensor, sigma: Tensor, raised: Tensor
     ) -> Tensor:
         kind = self.config.prediction_type

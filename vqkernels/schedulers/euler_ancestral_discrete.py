@@ -160,7 +160,7 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
     ) -> tuple[Tensor, Tensor | None]:
         sample = sample.to(torch.float32)
         sigma, following = self.sigmas[row], self.sigmas[row + 1]
-        data = self._data_as_diffusers(sample, model_output, sigma, sigma)
+        data = self._exploded_data_as_diffusers(sample, model_output, sigma, sigma)
         up = (following**2 * (sigma**2 - following**2) / sigma**2) ** 0.5
         rest = following**2 - up**2
         down = (rest if "ancestral_nan" in self.compat else rest.clamp(min=0)) ** 0.5

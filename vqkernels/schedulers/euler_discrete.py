@@ -223,7 +223,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         if self.numerics == "diffusers":
             sigma = self.sigmas[row]
             raised = sigma * (gamma + 1)
-            known = self._data_as_diffusers(sample, model_output, sigma, raised)
+            known = self._exploded_data_as_diffusers(sample, model_output, sigma, raised)
             slope = (sample - known) / raised
             previous = (sample + slope * (self.sigmas[row + 1] - raised)).to(model_output.dtype)
             data: Tensor | None = known

@@ -177,7 +177,7 @@ class HeunDiscreteScheduler(HeunPairs, ExplodingScheduler):
     ) -> tuple[Tensor, Tensor | None]:
         first = self._taken(row)
         sigma = self.sigmas[row]
-        data = self._data_as_diffusers(sample, model_output, sigma, sigma)
+        data = self._exploded_data_as_diffusers(sample, model_output, sigma, sigma)
         data = self._clipped_as_diffusers(data)
         slope = (sample - data) / sigma
         if first is None:
