@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import diffusers
 import torch
-from _peers import assert_follows, float64_for_float32, loop, start, toy_model
+from _peers import assert_follows, float64_for_float32, generator, loop, rounded_normals, start
 from torch import Tensor
 
 from vqkernels import schedulers
 from vqkernels.schedulers._compat import FAULTS
 
 ALL_FAULTS = tuple(FAULTS)
-_FLOAT32 = torch.float32
-_randn = torch.randn
 
 
 def theirs(name: str, config: dict[str, Any], *, laid_out: bool = True, **schedule: Any) -> Any:
@@ -43,19 +40,15 @@ def ours(
 def run(scheduler: Any, x: Tensor, *, seeded: bool = False, **options: Any) -> Tensor:
     """A loop whose noise, if it has any, comes from a generator of its own."""
     if seeded:
-        options["generator"] = torch.Generator().manual_seed(3)
-    return loop(scheduler, x, toy_model, **options)
+        options["generator"] = generator(3)
+    return loop(scheduler, x, **options)
 
 
 def in_float64(
     name: str, config: dict[str, Any], schedule: dict[str, Any], x: Tensor, **options: Any
 ) -> tuple[Any, Tensor]:
     """diffusers' scheduler and loop in float64, on the noise that it draws in float32."""
-
-    def randn(*shape: Any, dtype: Any = None, **kwargs: Any) -> Tensor:
-        return _randn(*shape, dtype=_FLOAT32, **kwargs).double()
-
-    with float64_for_float32(), mock.patch.object(torch, "randn", randn):
+    with float64_for_float32(), rounded_normals():
         peer = theirs(name, config, **schedule)
         return peer, run(peer, x.double(), **options)
 

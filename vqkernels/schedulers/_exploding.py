@@ -124,4 +124,4 @@ class ExplodingScheduler(AdditiveScheduler, BetaScheduler):
         row = self._next_row(timestep)
         if self.numerics == "diffusers":
             return sample / (self.sigmas[row] ** 2 + 1) ** 0.5
-        return sample * float((self._sigmas[row] ** 2 + 1) ** -0.5)
+        return sample * (self._host[row] ** 2 + 1) ** -0.5

@@ -26,11 +26,13 @@ class SigmaScheduler(Scheduler):
 
     sigmas: Tensor
     _sigmas: Tensor  # the same in float64, on the CPU
+    _host: list[float]  # and as numbers: a step reads no tensor
     _defaults: ClassVar[dict[str, Any]] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 
     def _set_sigmas(self, sigmas: Levels) -> None:
         self._sigmas = torch.from_numpy(sigmas.astype(np.float64))
         self.sigmas = self._sigmas.float()
+        self._host = self._sigmas.tolist()
 
     @property
     def _precision(self) -> Any:
@@ -52,9 +54,10 @@ class SigmaScheduler(Scheduler):
 
     def _gamma(self, row: int, s_churn: float, s_tmin: float, s_tmax: float) -> float:
         """By what share a row's level is raised."""
-        if not s_tmin <= float(self._sigmas[self._level_row(row)].float()) <= s_tmax:
+        sigma = float(np.float32(self._host[self._level_row(row)]))
+        if not s_tmin <= sigma <= s_tmax:
             return 0.0
-        return min(s_churn / (len(self.sigmas) - 1), _MAX_GAMMA)
+        return min(s_churn / (len(self._host) - 1), _MAX_GAMMA)
 
     def _levels_of_rows(self, **churn: float) -> tuple[Tensor, Tensor, Tensor]:
         """Of each row: its level, the same churned, the level that the step arrives at."""
@@ -97,7 +100,7 @@ class SigmaScheduler(Scheduler):
             sigma = self.sigmas[self._level_row(row)]
             raised = sigma * (gamma + 1)
             return sample + noise["noise"] * s_noise * (raised**2 - sigma**2) ** 0.5, gamma
-        added = s_noise * float(self._sigmas[self._level_row(row)]) * ((1 + gamma) ** 2 - 1) ** 0.5
+        added = s_noise * self._host[self._level_row(row)] * ((1 + gamma) ** 2 - 1) ** 0.5
         weight = torch.ones(len(sample), device=sample.device)
         self._move(sample.device)
         if seed is not None:

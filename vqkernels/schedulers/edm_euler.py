@@ -145,9 +145,7 @@ class EDMEulerScheduler(AdditiveScheduler):
         """The model's input: `precondition_inputs` at the step's level."""
         row = self._next_row(timestep)
         exact = self.numerics == "exact"
-        return self.precondition_inputs(
-            sample, float(self._sigmas[row]) if exact else self.sigmas[row]
-        )
+        return self.precondition_inputs(sample, self._host[row] if exact else self.sigmas[row])
 
     def _columns(self, **churn: float) -> dict[str, Tensor | float]:
         _, raised, following = self._levels_of_rows(**churn)
@@ -226,7 +224,7 @@ class EDMEulerScheduler(AdditiveScheduler):
             slope = (sample - data) / raised
             previous = (sample + slope * (self.sigmas[row + 1] - raised)).to(model_output.dtype)
         elif data is not None:
-            share = float(self._sigmas[row + 1] / (self._sigmas[row] * (1 + gamma)))
+            share = self._host[row + 1] / (self._host[row] * (1 + gamma))
             previous = torch.lerp(data.to(sample.dtype), sample, share)
         else:
             previous, data = self._advance(
