@@ -117,7 +117,11 @@ class SigmaScheduler(Scheduler):
         raise NotImplementedError
 
     def _noised(
-        self, data: Tensor, noise: Tensor | None, timesteps: Tensor, name: str = "original_samples"
+        self,
+        data: Tensor,
+        noise: Tensor | None,
+        timesteps: Tensor | float,
+        name: str = "original_samples",
     ) -> Tensor:
         """`data` mixed with noise at the levels of these timesteps."""
         check_floating(name, data)
@@ -136,13 +140,13 @@ class SigmaScheduler(Scheduler):
             return "bf16_noise" in self.compat
         return self.numerics == "diffusers"
 
-    def _rows_at(self, timesteps: Tensor, data: Tensor) -> Tensor:
+    def _rows_at(self, timesteps: Tensor | float, data: Tensor) -> Tensor:
         """Where in the schedule each timestep is, `[B]` or a larger prefix of data's shape."""
-        timesteps = per_sample(timesteps, data)
+        times = per_sample(timesteps, data)
         if self._begin_index is None:
-            return self._search(timesteps)
+            return self._search(times)
         row = self._begin_index if self._step_index is None else self._step_index
-        return torch.full(timesteps.shape, row, dtype=torch.int64, device=data.device)
+        return torch.full(times.shape, row, dtype=torch.int64, device=data.device)
 
     def _search(self, timesteps: Tensor) -> Tensor:
         """Rows of timesteps, all at once; of repetitions the second as in `index_for_timestep`."""
@@ -186,7 +190,9 @@ class AdditiveScheduler(SigmaScheduler):
         return self._noised(original_samples, noise, timesteps)
 
 
-def per_sample(timesteps: Tensor, data: Tensor) -> Tensor:
+def per_sample(timesteps: Tensor | float, data: Tensor) -> Tensor:
+    if isinstance(timesteps, (int, float)):
+        timesteps = torch.tensor(float(timesteps), dtype=torch.float64)
     check_tensor("timesteps", timesteps)
     timesteps = timesteps.to(data.device)
     return timesteps.expand(len(data)) if timesteps.dim() == 0 else timesteps
