@@ -132,6 +132,13 @@ def test_tokens_with_timesteps_of_their_own(config: dict[str, Any], stochastic: 
     torch.testing.assert_close(tokens_of(exact), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_tokens_take_no_guidance() -> None:
+    scheduler, x = ours(NAME, {}, num_inference_steps=3), start((2, 6, 8))
+    t = scheduler.timesteps[0]
+    with pytest.raises(ValueError, match="uncond_output must be None with per_token_timesteps"):
+        scheduler.step(x, t, x, per_token_timesteps=t.expand(2, 6), uncond_output=x)
+
+
 def test_keyed_noise_of_tokens_is_the_samples() -> None:
     config = {"stochastic_sampling": True}
     x, output = start((3, 6, 8)), start((3, 6, 8), seed=6)

@@ -55,6 +55,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
     """
 
     _defaults: ClassVar[dict[str, Any]] = {}
+    _token_levels: Tensor  # `_sigmas` on the device, for steps of tokens
 
     @configured
     def __init__(
@@ -160,6 +161,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         self.num_inference_steps = len(flow)
         self._set_sigmas(torch.cat([flow, end]).numpy())
         self.sigmas = self.sigmas.to(device)
+        self._token_levels = self._sigmas.to(device)
         self._lay_out(shown.float(), device)
 
     def _shifted(self, levels: Levels, mu: float | None) -> Levels:
@@ -272,10 +274,10 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
     ) -> Tensor:
         check_tensor("per_token_timesteps", timesteps)
         sigma = timesteps.to(sample.device, torch.float64) / self.config.num_train_timesteps
-        levels = self._sigmas.to(sample.device)
+        levels = self._token_levels.to(sample.device)
         below = levels < sigma.unsqueeze(-1) - 1e-6
         following = torch.where(below, levels, 0).amax(-1)
-        if not self.config.stochastic_sampling:
+        if not self.config.stochastic_sampling:  # the other sign, see `step`
             sigma, following = following, sigma
         columns = self._flow_columns(sigma.flatten(), following.flatten())
         table = torch.zeros(sigma.numel(), len(COLUMNS), dtype=torch.float64, device=sample.device)
