@@ -26,13 +26,19 @@ class SigmaScheduler(Scheduler):
 
     sigmas: Tensor
     _sigmas: Tensor  # the same in float64, on the CPU
+    _moved: Tensor  # and on the device of the samples last noised
     _host: list[float]  # and as numbers: a step reads no tensor
     _defaults: ClassVar[dict[str, Any]] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 
     def _set_sigmas(self, sigmas: Levels) -> None:
         self._sigmas = torch.from_numpy(sigmas.astype(np.float64))
         self.sigmas = self._sigmas.float()
+        self._moved = self._sigmas
         self._host = self._sigmas.tolist()
+
+    def _sigmas_on(self, device: torch.device | str) -> Tensor:
+        self._moved = self._moved.to(device)
+        return self._moved
 
     @property
     def _precision(self) -> Any:
@@ -132,7 +138,7 @@ class SigmaScheduler(Scheduler):
             sigma = self.sigmas.to(device=data.device, dtype=data.dtype)[rows]
             sigma = sigma.reshape(sigma.shape + (1,) * (data.dim() - sigma.dim()))
             return self._mix_as_diffusers(data, noise, sigma)
-        sigma = self._sigmas.to(data.device)[rows]
+        sigma = self._sigmas_on(data.device)[rows]
         return diffuse(data, self._data_weight(sigma), sigma, noise=noise)[0]
 
     def _rounds_as_diffusers(self, sample: Tensor) -> bool:
@@ -191,6 +197,7 @@ class AdditiveScheduler(SigmaScheduler):
 
 
 def per_sample(timesteps: Tensor | float, data: Tensor) -> Tensor:
+    """Beside the data; one value once a sample."""
     if isinstance(timesteps, (int, float)):
         timesteps = torch.tensor(float(timesteps), dtype=torch.float64)
     check_tensor("timesteps", timesteps)

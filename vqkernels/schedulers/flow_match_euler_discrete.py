@@ -55,7 +55,6 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
     """
 
     _defaults: ClassVar[dict[str, Any]] = {}
-    _token_levels: Tensor  # `_sigmas` on the device, for steps of tokens
 
     @configured
     def __init__(
@@ -161,7 +160,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         self.num_inference_steps = len(flow)
         self._set_sigmas(torch.cat([flow, end]).numpy())
         self.sigmas = self.sigmas.to(device)
-        self._token_levels = self._sigmas.to(device)
+        self._sigmas_on(self.sigmas.device)  # for steps of tokens
         self._lay_out(shown.float(), device)
 
     def _shifted(self, levels: Levels, mu: float | None) -> Levels:
@@ -274,7 +273,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
     ) -> Tensor:
         check_tensor("per_token_timesteps", timesteps)
         sigma = timesteps.to(sample.device, torch.float64) / self.config.num_train_timesteps
-        levels = self._token_levels.to(sample.device)
+        levels = self._sigmas_on(sample.device)
         below = levels < sigma.unsqueeze(-1) - 1e-6
         following = torch.where(below, levels, 0).amax(-1)
         if not self.config.stochastic_sampling:  # the other sign, see `step`
