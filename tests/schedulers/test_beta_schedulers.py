@@ -8,9 +8,17 @@ import diffusers
 import pytest
 import torch
 from _helpers.precision import assert_as_good_as_eager
-from _peers import BOUND, distance, float64_for_float32, generator, loop, start, toy_model
+from _peers import (
+    BOUND,
+    NoReads,
+    distance,
+    float64_for_float32,
+    generator,
+    loop,
+    start,
+    toy_model,
+)
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vqkernels import schedulers
 from vqkernels.schedulers import DDIMScheduler, DDPMScheduler, LCMScheduler
@@ -147,21 +155,6 @@ def test_bad_schedules_and_steps(name: str) -> None:
     t = scheduler.timesteps[0]
     with pytest.raises(ValueError, match="model_output must have sample's shape"):
         scheduler.step(x[:, :2], t, x)
-
-
-class NoReads(TorchDispatchMode):
-    """Raises where the host reads a tensor's value, waits for it, moves it, or copies a number of
-    its own to a device."""
-
-    forbidden = (
-        *("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"),
-        *("_to_copy", "lift_fresh", "lift_fresh_copy"),
-    )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in self.forbidden, f"{name} in a step"
-        return func(*args, **(kwargs or {}))
 
 
 def test_reads_are_noticed() -> None:

@@ -29,6 +29,8 @@ CHANGED: dict[str, dict[str, Any]] = {  # arguments that differ from the default
     }
     for name in NAMES
 }
+CHANGED["FlowMatchEulerDiscreteScheduler"] = {"num_train_timesteps": 500, "invert_sigmas": True}
+CHANGED["FlowMatchHeunDiscreteScheduler"] = {"num_train_timesteps": 500, "shift": 3.0}
 every_class = pytest.mark.parametrize("name", NAMES)
 
 
