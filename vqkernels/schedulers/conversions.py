@@ -5,7 +5,7 @@ sigma / alpha. Each time convention is a class that turns into that pair of weig
 
 | class        | its number                   | alpha, sigma             | used by             |
 |--------------|------------------------------|--------------------------|---------------------|
-| `DDPMIndex`  | t in [0, T - 1], 0 near data  | sqrt(a_t), sqrt(1 - a_t) | DDPM, DDIM          |
+| `DDPMIndex`  | t in [0, T - 1], 0 near data | sqrt(a_t), sqrt(1 - a_t) | DDPM, DDIM          |
 | `EDMSigma`   | sigma in [0, inf)            | 1, sigma                 | EDM, k-diffusion    |
 | `NoiseTime`  | t in [0, 1], 1 is noise      | 1 - t, t                 | rectified flow, SD3 |
 | `DataTime`   | t in [0, 1], 1 is data       | t, 1 - t                 | SiT, flow matching  |
