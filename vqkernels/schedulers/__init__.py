@@ -1,6 +1,7 @@
 """Samplers: diffusers' schedulers over one step kernel, and rectified flow's Euler loop."""
 
 from vqkernels.schedulers.ddim import DDIMScheduler
+from vqkernels.schedulers.dpm_solver_multistep import DPMSolverMultistepScheduler
 from vqkernels.schedulers.rectified_flow import TIME_SCALE, euler_sample
 
-__all__ = ["TIME_SCALE", "DDIMScheduler", "euler_sample"]
+__all__ = ["TIME_SCALE", "DDIMScheduler", "DPMSolverMultistepScheduler", "euler_sample"]

@@ -41,6 +41,7 @@ class MultistepScheduler(BetaScheduler):
     _defaults: ClassVar[dict[str, Any]] = {"begin": 0}
     model_outputs: list[Tensor | None]  # converted predictions, the newest last
     lower_order_nums: int
+    _taken: int  # steps since the loop began
     sigmas: Tensor
     _single: Tensor  # alphas_cumprod in diffusers' float32 arithmetic: it decides on timesteps
     _path: Path
@@ -53,7 +54,9 @@ class MultistepScheduler(BetaScheduler):
         if config.solver_order not in (1, 2, 3):
             raise ValueError(f"solver_order must be 1, 2 or 3, got {config.solver_order!r}")
         check_choice("final_sigmas_type", config.final_sigmas_type, FINAL_SIGMAS)
-        check_choice("timestep_spacing", config.timestep_spacing, ("linspace", "leading", "trailing"))
+        check_choice(
+            "timestep_spacing", config.timestep_spacing, ("linspace", "leading", "trailing")
+        )
         respacing_of(config)
         self._set_betas()
         single = make_betas(
@@ -175,19 +178,32 @@ class MultistepScheduler(BetaScheduler):
 
     def _forget(self) -> None:
         self.model_outputs = [None] * self.config.solver_order
-        self.lower_order_nums = 0
+        self.lower_order_nums = self._taken = 0
 
     def _remember(self, prediction: Tensor | None) -> None:
         self.model_outputs = [*self.model_outputs[1:], prediction]
-        self.lower_order_nums = min(self.lower_order_nums + 1, self.config.solver_order)
+        self._taken += 1
+        self.lower_order_nums = min(self._taken, self.config.solver_order)
 
     def _earlier(self) -> list[Tensor]:
         """The kept predictions, newest first."""
         return [kept for kept in self.model_outputs[::-1] if kept is not None]
 
+    def _levels_around(self, row: int, count: int) -> tuple[list[Tensor], ...]:
+        """Float32 alpha, sigma and lambda of `count` levels from a row towards the noise."""
+        pairs = [self._split(self.sigmas[row - k]) for k in range(count)]
+        lambdas = [torch.log(alpha) - torch.log(sigma) for alpha, sigma in pairs]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs], lambdas
+
+    def _row_of(self, index: int | Tensor) -> int:
+        """The row on the host: a tensor is not asked, steps follow one another."""
+        if isinstance(index, int):
+            return index
+        return self._begin + self._taken if self._taken else self._begin_index or 0
+
     def _start(self, row: int) -> None:
         """Before a step of a loop that began without predictions: build the table for it."""
-        if self.lower_order_nums == 0:
+        if self._taken == 0:
             self._begin = row
             if self.numerics == "exact":
                 self._tabulate(begin=row)
@@ -227,7 +243,9 @@ class MultistepScheduler(BetaScheduler):
         schedule = self.timesteps.to(timesteps.device)
         rising = schedule.flip(0).contiguous()
         last = len(schedule) - 1
-        first = len(schedule) - torch.searchsorted(rising, timesteps.contiguous().long(), right=True)
+        first = len(schedule) - torch.searchsorted(
+            rising, timesteps.contiguous().long(), right=True
+        )
         first = first.clamp(max=last)
         if timesteps.device.type == "cpu" and not bool((schedule[first] == timesteps).all()):
             raise ValueError(
@@ -243,4 +261,3 @@ def check_custom(name: str, others: Sequence[str], config: Config) -> None:
     for other in others:
         if config.get(other):
             raise ValueError(f"{name} can't be given with {other}=True")
-

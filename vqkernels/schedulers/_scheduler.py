@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vqkernels.ops.denoise_step import denoise_coefficients, denoise_step
+from vqkernels.ops.denoise_step import DenoiseStepOutput, denoise_coefficients, denoise_step
 from vqkernels.ops.normal_noise import normal_noise
 from vqkernels.schedulers._config import Configured
 from vqkernels.schedulers._noise import STEP_STREAM, Generators, check_source, draw
@@ -241,6 +241,13 @@ class Scheduler(Configured):
         )
 
     def _advance(
+        self, sample: Tensor, model_output: Tensor, index: int | Tensor, **operands: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step, arguments as in `_denoise`: `(prev_sample, prediction or None)`."""
+        result = self._denoise(sample, model_output, index, **operands)
+        return result.prev_sample, result.prediction
+
+    def _denoise(
         self,
         sample: Tensor,
         model_output: Tensor,
@@ -254,8 +261,8 @@ class Scheduler(Configured):
         sample_ids: Tensor | None = None,
         want_prediction: bool = True,
         **operands: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One step of the present table: `(prev_sample, prediction or None)`.
+    ) -> DenoiseStepOutput:
+        """One step of the present table.
 
         Args:
             sample, model_output: `[B, ...]`.
@@ -282,7 +289,7 @@ class Scheduler(Configured):
             elif guidance != self._guidance:
                 table[:, 0], table[:, 1] = guidance
                 self._guidance = guidance
-        result = denoise_step(
+        return denoise_step(
             sample,
             model_output,
             table,
@@ -296,7 +303,6 @@ class Scheduler(Configured):
             want_prediction=want_prediction,
             **operands,
         )
-        return result.prev_sample, result.prediction
 
     def _move(self, device: torch.device) -> None:
         """Take table and rows to the samples' device, where `set_timesteps` wasn't told it."""

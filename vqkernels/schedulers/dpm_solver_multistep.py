@@ -18,6 +18,11 @@ from vqkernels.schedulers._beta_scheduler import TrainedBetas
 from vqkernels.schedulers._config import configured
 from vqkernels.schedulers._karras import KARRAS_SCHEDULERS
 from vqkernels.schedulers._multistep import MultistepScheduler, check_custom
+from vqkernels.schedulers._multistep_as_diffusers import (
+    differences,
+    dpm_solver_weights,
+    weighted,
+)
 from vqkernels.schedulers._multistep_rows import dpm_solver, usable_order
 from vqkernels.schedulers._noise import Generators
 from vqkernels.schedulers._scheduler import SchedulerOutput
@@ -26,6 +31,12 @@ from vqkernels.schedulers._spacing import check_custom_timesteps, check_steps
 
 ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 SOLVERS = ("midpoint", "heun")
+_RESPACERS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+)
 _FEW_STEPS = 15  # below which `lower_order_final` counts
 
 
@@ -107,7 +118,9 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
                 f"algorithm_type={algorithm_type!r}, got 'flow_prediction'"
             )
         if config.algorithm_type == "sde-dpmsolver" and solver_order == 3:
-            raise ValueError("solver_order must be 1 or 2 with algorithm_type='sde-dpmsolver', got 3")
+            raise ValueError(
+                "solver_order must be 1 or 2 with algorithm_type='sde-dpmsolver', got 3"
+            )
         if use_flow_sigmas:
             check_custom("use_flow_sigmas", _RESPACERS, config)
         self._set_up()
@@ -308,7 +321,8 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         want_prediction: bool = True,
         **operands: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        self._start(index)
+        row = self._row_of(index)
+        self._start(row)
         keeps = self.config.solver_order > 1
         thresholded_noise = self._threshold == "dynamic" and not self._data
         result = self._denoise(
@@ -340,7 +354,14 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         order = self._order(row, known)
         if noise is not None:
             noise = noise.to(sample.device, torch.float32)
-        previous = self._solve_as_diffusers(order, row, sample.to(torch.float32), noise)
+        alphas, sigmas, lambdas = self._levels_around(row + 1, order + 1)
+        config, sign = self.config, -1.0 if "third_order_sde" in self.compat else 1.0
+        weights = dpm_solver_weights(
+            config.algorithm_type, config.solver_type, order, alphas, sigmas, lambdas, sign
+        )
+        terms = differences(lambdas, self._earlier(), order)
+        noises = [] if noise is None else [noise]
+        previous = weighted(weights, [sample.to(torch.float32), *terms, *noises])
         return previous.to(prediction.dtype)
 
     def _prediction_as_diffusers(self, output: Tensor, row: int, sample: Tensor) -> Tensor:
@@ -366,29 +387,3 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
             data = self._clipped_as_diffusers((sample - sigma * noise) / alpha)
             noise = (sample - alpha * data) / sigma
         return noise
-
-    def _solve_as_diffusers(
-        self, order: int, row: int, x: Tensor, noise: Tensor | None
-    ) -> Tensor:
-        algorithm, midpoint = self.config.algorithm_type, self.config.solver_type == "midpoint"
-        alphas, sigmas = zip(*(self._split(self.sigmas[row + 1 - k]) for k in range(order + 1)), strict=True)
-        lambdas = [torch.log(a) - torch.log(s) for a, s in zip(alphas, sigmas, strict=True)]
-        alpha_t, sigma_t = alphas[0], sigmas[0]
-        h = lambdas[0] - lambdas[1]
-        m: list[Any] = self.model_outputs[::-1]
-
-        # prev = kept x + c0 D0 + c1 D1 + c2 D2 + z, summed from the left.
-        if self._data:
-            grown = torch.exp(-2.0 * h) if self._stochastic else torch.exp(-h)
-        else:
-            grown = torch.exp(h)
-        if algorithm == "dpmsolver++":
-            terms = [sigma_t / sigmas[1] * x, -(alpha_t * (grown - 1.0) * m[0])]
-        elif algorithm == "dpmsolver":
-            terms = [alpha_t / alphas[1] * x, -(sigma_t * (grown - 1.0) * m[0])]
-        elif algorithm == "sde-dpmsolver++":
-            kept = sigma_t / sigmas[1] * torch.exp(-h)
-            terms = [kept * x, alpha_t * (1 - grown) * m[0]]
-        else:
-            terms = [alpha_t / alphas[1] * x, -(2.0 * (sigma_t * (grown - 1.0)) * m[0])]
-        raise NotImplementedError(midpoint, terms, noise)
