@@ -3,5 +3,12 @@
 from vqkernels.schedulers.ddim import DDIMScheduler
 from vqkernels.schedulers.dpm_solver_multistep import DPMSolverMultistepScheduler
 from vqkernels.schedulers.rectified_flow import TIME_SCALE, euler_sample
+from vqkernels.schedulers.unipc_multistep import UniPCMultistepScheduler
 
-__all__ = ["TIME_SCALE", "DDIMScheduler", "DPMSolverMultistepScheduler", "euler_sample"]
+__all__ = [
+    "TIME_SCALE",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "euler_sample",
+]

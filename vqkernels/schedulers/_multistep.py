@@ -87,7 +87,7 @@ class MultistepScheduler(BetaScheduler):
     def _clip(self) -> float:
         return float(self.config.sample_max_value) if self._threshold == "dynamic" else math.inf
 
-    def _rename(self, **entries: str) -> None:
+    def _rename(self, **entries: Any) -> None:
         """Note that an entry of another class's config means this in ours."""
         self._internal_dict = Config({**self.config, **entries})
 

@@ -93,7 +93,7 @@ def unipc(
     order: int,
     data: bool,
 ) -> Tensor:
-    """UniP from x, the sample at the second level, or UniC where the prediction at its end is known.
+    """UniP from x, the sample at the second level, or UniC given the prediction at the first.
 
     Args:
         newest: the prediction at the first level: turns the predictor into the corrector.

@@ -120,6 +120,8 @@ def _unipc(
     h = path.lamb[step + 1] - path.lamb[step]
     near, far = (path.sigma, path.alpha) if data else (path.alpha, path.sigma)
     kept, scale, z = near[step + 1] / near[step], far[step + 1], -h if data else h
+    if h == math.inf and not data:  # sigma_t e^h is 0 inf there: its limit
+        return StepWeights(kept, [-path.alpha[step + 1] * path.sigma[step] / path.alpha[step]])
     first = -scale * growth(1, z)
     ratios = [(path.lamb[step - k] - path.lamb[step]) / h for k in range(1, order)]
     if corrects:
