@@ -13,6 +13,7 @@ FAULTS = {
     "final_step_noise": "noise is added to the finished sample when the last timestep isn't 0",
     "fixed_large_log": "variance_type fixed_large_log takes the root of a negative logarithm",
     "linspace_previous_timestep": "the previous timestep is t - T // N, not the schedule's next",
+    "repeated_timesteps": "a schedule whose first timestep repeats starts at its second row",
     "third_order_sde": "the third order of sde-dpmsolver++ adds 1/2 of D2 with the wrong sign",
     "three_channels": "a learned variance is cut off after three channels, not after the sample's",
     "trailing_extra_timestep": "trailing spacing may end with a timestep -1 that nobody asked for",

@@ -147,6 +147,10 @@ class MultistepScheduler(BetaScheduler):
         device: torch.device | str | None,
     ) -> None:
         """Take up a schedule: levels `[steps + 1]` in float64, as diffusers has them, timesteps."""
+        if not np.isfinite(exact).all():
+            raise ValueError(f"the schedule's noise levels must be finite, got {exact.tolist()}")
+        if abs(exact[-1] - exact[-2]) <= 1e-12 * exact[-2]:
+            exact[-1] = exact[-2]  # one level that was computed in two ways
         rounded = torch.from_numpy(single.astype(np.float32))
         as_diffusers = self.numerics == "diffusers"
         self.sigmas = rounded if as_diffusers else torch.from_numpy(exact).float()
@@ -173,6 +177,39 @@ class MultistepScheduler(BetaScheduler):
         if kind == "flow_prediction" and not self.config.use_flow_sigmas:
             sigma = sigma / alpha
         return data_weights(kind, alpha, sigma) if data else noise_weights(kind, alpha, sigma)
+
+    def _with_prediction(
+        self, name: str, data: bool, sample: Tensor, prediction: Tensor
+    ) -> dict[str, Tensor | float]:
+        """Columns of `sample` x + `prediction` m, m being the predicted data, or noise.
+
+        Without a threshold m is linear in sample and output, and written out: where they nearly
+        cancel, at little signal, m itself has lost digits.
+        """
+        if self._threshold != "none":
+            return {f"{name}_sample": sample, f"{name}_prediction": prediction}
+        of_sample, of_output = self._to_prediction(data)
+        return {
+            f"{name}_sample": sample + prediction * of_sample,
+            f"{name}_output": prediction * of_output,
+        }
+
+    # The place in the schedule.
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """The row of a timestep.
+
+        Of a repeated one the row of the element of `timesteps` that it is. A number, or a tensor
+        from elsewhere, stands for the second; at the schedule's start for the first, or the loop
+        would have a step too many.
+        """
+        row = self._place(timestep) if isinstance(timestep, Tensor) else None
+        if row is not None and "repeated_timesteps" not in self.compat:
+            return row
+        row = super().index_for_timestep(timestep)
+        if row == 1 and self._values[0] == self._values[1]:
+            return row if "repeated_timesteps" in self.compat else 0
+        return row
 
     # A step.
 

@@ -178,9 +178,9 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
                     places = places.round()
         ends = [self._final(self._alphas_cumprod), self._final(self._single)]
         exact, single = (np.append(part, end) for part, end in zip(levels, ends, strict=True))
-        if self._stochastic and bool((np.diff(exact) > 0).any()):
+        if self._stochastic and exact[-1] > exact[-2] * (1 + 1e-12):
             raise ValueError(
-                f"noise levels must descend with algorithm_type={config.algorithm_type!r}, "
+                f"algorithm_type={config.algorithm_type!r} needs noise levels that descend, "
                 f"got {exact[-2]:g} before the last, {exact[-1]:g}"
             )
         self._finish(exact, single, places, device)
@@ -243,7 +243,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
             columns |= {"prev_sample": kept + newest / sigma}
             columns |= {"prev_prediction": -newest * alpha / sigma}
         else:
-            columns |= {"prev_sample": kept, "prev_prediction": newest}
+            columns |= self._with_prediction("prev", data, kept, newest)
         return columns
 
     # A step.

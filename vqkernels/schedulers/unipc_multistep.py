@@ -228,8 +228,8 @@ class UniPCMultistepScheduler(MultistepScheduler):
             previous[2 : 2 + order, row] += torch.tensor(step.predictions, dtype=torch.float64)
         columns: dict[str, Tensor | float] = {"clip": self._clip()}
         for name, weights in (("prev", previous), ("extra", corrected)):
-            columns[f"{name}_history_0"], columns[f"{name}_sample"] = weights[:2]
-            columns[f"{name}_prediction"] = weights[2]
+            columns[f"{name}_history_0"] = weights[0]
+            columns |= self._with_prediction(name, data, weights[1], weights[2])
             columns |= {f"{name}_history_{k}": weights[2 + k] for k in (1, 2, 3)}
         of_sample, of_output = self._to_prediction(data)
         return columns | {"prediction_sample": of_sample, "prediction_output": of_output}
