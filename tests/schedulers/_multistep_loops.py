@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from _float64 import in_float64
 from torch import Tensor
+
+from vqkernels.schedulers._compat import FAULTS
 
 STEP_COUNTS = (1, 2, 3, 7, 50)
 SHAPE = (3, 4, 5, 3)
+ALL = tuple(FAULTS)
 
 
 def model(x: Tensor, t: Tensor) -> Tensor:
@@ -22,6 +26,10 @@ def start(dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(11)).to(dtype)
 
 
+def noises(steps: int) -> list[Tensor]:
+    return list(torch.randn((steps, *SHAPE), generator=torch.Generator().manual_seed(12)))
+
+
 def run(
     scheduler: Any,
     steps: int | None,
@@ -29,6 +37,7 @@ def run(
     dtype: torch.dtype = torch.float32,
     layout: dict[str, Any] | None = None,
     timesteps: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
     call: Callable[[Tensor, Tensor], Tensor] = model,
     **arguments: Any,
 ) -> Tensor:
@@ -37,7 +46,9 @@ def run(
     if timesteps is not None:
         scheduler.timesteps = timesteps
     x = start(dtype)
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
+        if noise is not None:
+            arguments["variance_noise"] = noise[i]
         x = scheduler.step(call(x, t), t, x, **arguments).prev_sample
     return x
 
@@ -45,3 +56,40 @@ def run(
 def error(ours: Tensor, theirs: Tensor) -> float:
     """max |ours - theirs| / max |theirs|."""
     return float((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max())
+
+
+def check_loops(
+    ours: Any,
+    theirs: Any,
+    config: dict[str, Any],
+    *,
+    counts: Sequence[int | None] = STEP_COUNTS,
+    layout: dict[str, Any] | None = None,
+    stochastic: bool = False,
+) -> None:
+    """Ours under numerics="diffusers" is theirs bit for bit; exact ours, with all of diffusers'
+    faults, is within 1e-5 of theirs in float64, and of theirs in float32 where that is so itself.
+    """
+    for steps in counts:
+        peer = theirs(**config)
+        draws = {"noise": noises(1 + (steps or 20))} if stochastic else {}
+        expected = run(peer, steps, layout=layout, **draws)
+        assert expected.isfinite().all()
+
+        same = ours(**config, numerics="diffusers")
+        assert torch.equal(run(same, steps, layout=layout, **draws), expected), steps
+        assert torch.equal(same.timesteps, peer.timesteps)
+        assert torch.equal(same.sigmas, peer.sigmas)
+
+        wide = in_float64(theirs)(**config)
+        arguments = {"dtype": torch.float64, "layout": layout, "timesteps": peer.timesteps}
+        truth = run(wide, steps, **arguments, **draws)
+        exact = ours(**config, compat=ALL)
+        result = run(exact, steps, layout=layout, **draws)
+        assert result.dtype == torch.float32
+        assert torch.equal(exact.timesteps, peer.timesteps)
+        assert exact.sigmas.dtype == peer.sigmas.dtype
+        assert (exact.sigmas.double() - wide.sigmas).abs().max() <= 1e-7 * wide.sigmas.max()
+        assert error(result, truth) <= 1e-5, steps
+        if error(expected, truth) <= 5e-6:
+            assert error(result, expected) <= 1e-5, steps

@@ -203,6 +203,7 @@ class MultistepScheduler(BetaScheduler):
         from elsewhere, stands for the second; at the schedule's start for the first, or the loop
         would have a step too many.
         """
+        self._check_laid_out()
         row = self._place(timestep) if isinstance(timestep, Tensor) else None
         if row is not None and "repeated_timesteps" not in self.compat:
             return row
