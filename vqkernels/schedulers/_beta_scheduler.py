@@ -45,7 +45,7 @@ class BetaScheduler(Scheduler):
                 config.beta_start,
                 config.beta_end,
                 trained=config.trained_betas,
-                zero_snr=config.rescale_betas_zero_snr,
+                zero_snr=config.get("rescale_betas_zero_snr", False),
                 dtype=dtype,
             )
 
@@ -92,6 +92,28 @@ class BetaScheduler(Scheduler):
                 f"timestep {timesteps[0]:g}"
             )
         return timesteps.round().astype(np.int64)
+
+    def _levels_before(self, timesteps: Sequence[float], end: float) -> Tensor:
+        """alphas_cumprod in float64, `end` for timesteps below 0."""
+        t = torch.tensor(timesteps, dtype=torch.int64)
+        return torch.where(t >= 0, self._alphas_cumprod[t.clamp(min=0)], end)
+
+    def _data_as_diffusers(self, output: Tensor, sample: Tensor, level: Tensor) -> Tensor:
+        """x_0 where alphas_cumprod is `level`, before clipping."""
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            return (sample - (1 - level) ** 0.5 * output) / level**0.5
+        if kind == "sample":
+            return output
+        return level**0.5 * sample - (1 - level) ** 0.5 * output
+
+    def _noise_as_diffusers(self, output: Tensor, sample: Tensor, level: Tensor) -> Tensor:
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            return output
+        if kind == "sample":
+            return (sample - level**0.5 * output) / (1 - level) ** 0.5
+        return level**0.5 * output + (1 - level) ** 0.5 * sample
 
     def _clipped_as_diffusers(self, data: Tensor) -> Tensor:
         if self._threshold == "clip":

@@ -240,13 +240,6 @@ class Scheduler(Configured):
             device=like.device,
         )
 
-    def _advance(
-        self, sample: Tensor, model_output: Tensor, index: int | Tensor, **operands: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """One step, arguments as in `_denoise`: `(prev_sample, prediction or None)`."""
-        result = self._denoise(sample, model_output, index, **operands)
-        return result.prev_sample, result.prediction
-
     def _denoise(
         self,
         sample: Tensor,
@@ -303,6 +296,13 @@ class Scheduler(Configured):
             want_prediction=want_prediction,
             **operands,
         )
+
+    def _advance(
+        self, sample: Tensor, model_output: Tensor, index: int | Tensor, **operands: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(prev_sample, prediction or None)` of one step; arguments are those of `_denoise`."""
+        result = self._denoise(sample, model_output, index, **operands)
+        return result.prev_sample, result.prediction
 
     def _move(self, device: torch.device) -> None:
         """Take table and rows to the samples' device, where `set_timesteps` wasn't told it."""

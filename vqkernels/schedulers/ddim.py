@@ -97,10 +97,7 @@ class DDIMScheduler(BetaScheduler):
         eta = options["eta"]
         final = 1.0 if self.config.set_alpha_to_one else float(self._alphas_cumprod[0])
         a = self._alphas_cumprod[[int(t) for t in self._values]]
-        before = [self._previous(row) for row in range(len(a))]
-        a_prev = torch.where(
-            torch.tensor(before) >= 0, self._alphas_cumprod[[max(t, 0) for t in before]], final
-        )
+        a_prev = self._levels_before([self._previous(row) for row in range(len(a))], final)
         std = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).clamp(min=0).sqrt()
         direction_squared = 1 - a_prev - std**2
         if bool((direction_squared < -1e-12).any()):
@@ -211,21 +208,13 @@ class DDIMScheduler(BetaScheduler):
         before = self._previous(row)
         a = self.alphas_cumprod[int(self._values[row])]
         a_prev = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
-        kind = self.config.prediction_type
-        if kind == "epsilon":
-            data = (sample - (1 - a) ** 0.5 * model_output) / a**0.5
-            noise_part = model_output
-        elif kind == "sample":
-            data = model_output
-            noise_part = (sample - a**0.5 * data) / (1 - a) ** 0.5
-        else:
-            data = a**0.5 * sample - (1 - a) ** 0.5 * model_output
-            noise_part = a**0.5 * model_output + (1 - a) ** 0.5 * sample
-        data = self._clipped_as_diffusers(data)
+        data = self._clipped_as_diffusers(self._data_as_diffusers(model_output, sample, a))
         std = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)) ** 0.5
         if use_clipped_model_output:
-            noise_part = (sample - a**0.5 * data) / (1 - a) ** 0.5
-        previous = a_prev**0.5 * data + (1 - a_prev - std**2) ** 0.5 * noise_part
+            direction = (sample - a**0.5 * data) / (1 - a) ** 0.5
+        else:
+            direction = self._noise_as_diffusers(model_output, sample, a)
+        previous = a_prev**0.5 * data + (1 - a_prev - std**2) ** 0.5 * direction
         if noise is not None:
             previous = previous + std * noise
         return previous, data
