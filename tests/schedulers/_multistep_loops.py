@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _float64 import in_float64
+from _peers import float64_for_float32
 from torch import Tensor
 
 from vqkernels.schedulers._compat import FAULTS
@@ -22,8 +22,11 @@ def model(x: Tensor, t: Tensor) -> Tensor:
     return 0.6 * torch.tanh(x.roll(1, -1) + 0.5 * x + time) + 0.3 * x * torch.cos(3 * time)
 
 
+_START = torch.randn(SHAPE, generator=torch.Generator().manual_seed(11))
+
+
 def start(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(11)).to(dtype)
+    return _START.to(dtype)
 
 
 def noises(steps: int) -> list[Tensor]:
@@ -81,9 +84,10 @@ def check_loops(
         assert torch.equal(same.timesteps, peer.timesteps)
         assert torch.equal(same.sigmas, peer.sigmas)
 
-        wide = in_float64(theirs)(**config)
         arguments = {"dtype": torch.float64, "layout": layout, "timesteps": peer.timesteps}
-        truth = run(wide, steps, **arguments, **draws)
+        with float64_for_float32():
+            wide = theirs(**config)
+            truth = run(wide, steps, **arguments, **draws)
         exact = ours(**config, compat=ALL)
         result = run(exact, steps, layout=layout, **draws)
         assert result.dtype == torch.float32

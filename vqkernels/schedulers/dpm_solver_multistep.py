@@ -218,7 +218,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         most = 2 if few and row == count - 2 else 3
         return min(config.solver_order, known + 1, most)
 
-    def _columns(self, begin: int = 0) -> dict[str, Tensor | float]:
+    def _columns(self, *, begin: int = 0, **options: Any) -> dict[str, Tensor | float]:
         config, path = self.config, self._path
         sign = -1.0 if "third_order_sde" in self.compat else 1.0
         weights = torch.zeros(5, len(self._values), dtype=torch.float64)

@@ -207,7 +207,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
     def _corrects(self, row: int, begin: int) -> bool:
         return row > begin and row - 1 not in self.disable_corrector
 
-    def _columns(self, begin: int = 0) -> dict[str, Tensor | float]:
+    def _columns(self, *, begin: int = 0, **options: Any) -> dict[str, Tensor | float]:
         path, solver, data = self._path, self.config.solver_type, self.predict_x0
         rows = len(self._values)
         # Of the last corrected sample, this step's sample and prediction, and earlier predictions.
