@@ -42,6 +42,7 @@ def run(
     timesteps: Tensor | None = None,
     noise: Sequence[Tensor] | None = None,
     call: Callable[[Tensor, Tensor], Tensor] = model,
+    stop: int | None = None,
     **arguments: Any,
 ) -> Tensor:
     """The end of a loop; `layout` goes to set_timesteps, `arguments` to every step."""
@@ -49,7 +50,7 @@ def run(
     if timesteps is not None:
         scheduler.timesteps = timesteps
     x = start(dtype)
-    for i, t in enumerate(scheduler.timesteps):
+    for i, t in enumerate(scheduler.timesteps[:stop]):
         if noise is not None:
             arguments["variance_noise"] = noise[i]
         x = scheduler.step(call(x, t), t, x, **arguments).prev_sample

