@@ -196,12 +196,23 @@ def test_learned_variance_is_cut_off(variance_type: str) -> None:
     def both(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat([model(x, t), torch.full_like(x, 7.0)], dim=1)
 
-    cut = DPMSolverMultistepScheduler(**config)
+    cut, outputs = DPMSolverMultistepScheduler(**config), []
     assert torch.equal(run(cut, 7, call=both), run(DPMSolverMultistepScheduler(), 7))
     with pytest.raises(RuntimeError, match="must match the size"):
         run(Theirs(**config), 7, call=both)
     with pytest.raises(ValueError, match="model_output must have"):
         run(DPMSolverMultistepScheduler(**config, compat=("three_channels",)), 7, call=both)
+
+    cut.set_timesteps(2)
+    guided, plain = DPMSolverMultistepScheduler(), start()
+    guided.set_timesteps(2)
+    for scheduler, call in ((cut, both), (guided, model)):
+        t = scheduler.timesteps[0]
+        results = scheduler.step(
+            call(plain, t), t, plain, uncond_output=call(-plain, t), guidance_scale=2.0
+        )
+        outputs.append(results.prev_sample)
+    assert torch.equal(*outputs)
 
     # Of three channels both keep all.
     x, t = start()[:, :3], torch.tensor(999)

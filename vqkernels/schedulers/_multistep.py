@@ -14,6 +14,7 @@ from vqkernels.ops._checks import check_choice, check_floating
 from vqkernels.schedulers._beta_scheduler import BetaScheduler
 from vqkernels.schedulers._betas import make_betas
 from vqkernels.schedulers._config import Config
+from vqkernels.schedulers._multistep_as_diffusers import Around
 from vqkernels.schedulers._multistep_rows import Path
 from vqkernels.schedulers._prediction import DISCRETE_PREDICTIONS, data_weights, noise_weights
 from vqkernels.schedulers._sigmas import (
@@ -37,6 +38,7 @@ class MultistepScheduler(BetaScheduler):
     `sigmas` is float32 `[steps + 1]` as in diffusers; rows come from the float64 `_path`.
     """
 
+    _respacers: tuple[str, ...] = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
     _predictions = (*DISCRETE_PREDICTIONS, "flow_prediction")
     _defaults: ClassVar[dict[str, Any]] = {"begin": 0}
     model_outputs: list[Tensor | None]  # converted predictions, the newest last
@@ -124,16 +126,26 @@ class MultistepScheduler(BetaScheduler):
     def _training_levels(self, alphas_cumprod: Tensor) -> Levels:
         return variance_exploding_sigmas(alphas_cumprod)
 
-    def _respaced(self, alphas_cumprod: Tensor, steps: int) -> Levels | None:
-        """Levels of a respacing, None without one, in the precision of `alphas_cumprod`."""
-        name = respacing_of(self.config)
-        if name is None:
-            return None
+    def _trained_levels(self, places: Levels, steps: int) -> tuple[Levels, Levels]:
+        """Respaced levels, or else those at timesteps: in float64, and in diffusers' arithmetic."""
+        respaced = any(self.config.get(name) for name in self._respacers)
+
+        def levels(alphas_cumprod: Tensor) -> Levels:
+            if respaced:
+                return self._respaced(alphas_cumprod, steps)
+            trained = self._training_levels(alphas_cumprod)
+            return np.interp(places, np.arange(len(trained)), trained)
+
+        return levels(self._alphas_cumprod), levels(self._single)
+
+    def _respaced(self, alphas_cumprod: Tensor, steps: int) -> Levels:
         levels = self._training_levels(alphas_cumprod)
         # Entries of other schedulers' configs count here as they do in diffusers.
         low, high = self.config.get("sigma_min"), self.config.get("sigma_max")
         low = levels[0].item() if low is None else low
         high = levels[-1].item() if high is None else high
+        name = respacing_of(self.config)
+        assert name is not None
         return respaced_sigmas(name, steps, low, high)
 
     def _timesteps_of(self, levels: Levels) -> Levels:
@@ -227,11 +239,11 @@ class MultistepScheduler(BetaScheduler):
         """The kept predictions, newest first."""
         return [kept for kept in self.model_outputs[::-1] if kept is not None]
 
-    def _levels_around(self, row: int, count: int) -> tuple[list[Tensor], ...]:
-        """Float32 alpha, sigma and lambda of `count` levels from a row towards the noise."""
+    def _around(self, row: int, count: int) -> Around:
+        """`count` levels from a row towards the noise."""
         pairs = [self._split(self.sigmas[row - k]) for k in range(count)]
         lambdas = [torch.log(alpha) - torch.log(sigma) for alpha, sigma in pairs]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs], lambdas
+        return Around([pair[0] for pair in pairs], [pair[1] for pair in pairs], lambdas)
 
     def _row_of(self, index: int | Tensor) -> int:
         """The row on the host: a tensor is not asked, steps follow one another."""
@@ -239,12 +251,17 @@ class MultistepScheduler(BetaScheduler):
             return index
         return self._begin + self._taken if self._taken else self._begin_index or 0
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this row and count from there: steps then ask no device for a timestep."""
+        super().set_begin_index(begin_index)
+        if self.num_inference_steps is not None and self._taken == 0:
+            self._start(begin_index)
+
     def _start(self, row: int) -> None:
-        """Before a step of a loop that began without predictions: build the table for it."""
-        if self._taken == 0:
-            self._begin = row
-            if self.numerics == "exact":
-                self._tabulate(begin=row)
+        """A loop begins at this row, without predictions: build the table for it."""
+        self._begin = row
+        if self.numerics == "exact":
+            self._tabulate(begin=row)
 
     # Noising.
 

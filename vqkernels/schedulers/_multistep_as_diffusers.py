@@ -1,22 +1,26 @@
-"""The multistep solvers in diffusers' order of operations, dtypes and roundings.
-
-`alphas`, `sigmas` and `lambdas` are float32 scalars, first of the level that a step goes to, then
-of where it is, then of the steps before. Predictions come newest first.
-"""
+"""The multistep solvers in diffusers' order of operations, dtypes and roundings."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def differences(
-    lambdas: Sequence[Tensor], predictions: Sequence[Tensor], order: int
-) -> list[Tensor]:
-    """The newest prediction, then what stands for its first and second derivative."""
+class Around(NamedTuple):
+    """Float32 scalars of the level that a step goes to, of where it is, of the steps before."""
+
+    alphas: list[Tensor]
+    sigmas: list[Tensor]
+    lambdas: list[Tensor]
+
+
+def differences(around: Around, predictions: Sequence[Tensor], order: int) -> list[Tensor]:
+    """Of predictions, newest first: that one, then its first and second difference quotient."""
+    lambdas = around.lambdas
     if order == 1:
         return [predictions[0]]
     h = lambdas[0] - lambdas[1]
@@ -35,12 +39,11 @@ def dpm_solver_weights(
     algorithm: str,
     solver: str,
     order: int,
-    alphas: Sequence[Tensor],
-    sigmas: Sequence[Tensor],
-    lambdas: Sequence[Tensor],
+    around: Around,
     sde_sign: float,
 ) -> list[Tensor]:
     """Of the sample, of `differences`, and for an SDE of the noise; the order they are added in."""
+    alphas, sigmas, lambdas = around
     alpha, sigma, h = alphas[0], sigmas[0], lambdas[0] - lambdas[1]
     if algorithm == "dpmsolver++":
         e = torch.exp(-h)
@@ -86,9 +89,7 @@ def unipc(
     x: Tensor,
     newest: Tensor | None,
     predictions: Sequence[Tensor],
-    alphas: Sequence[Tensor],
-    sigmas: Sequence[Tensor],
-    lambdas: Sequence[Tensor],
+    around: Around,
     solver: str,
     order: int,
     data: bool,
@@ -99,6 +100,7 @@ def unipc(
         newest: the prediction at the first level: turns the predictor into the corrector.
         predictions: those at the second level and before.
     """
+    alphas, sigmas, lambdas = around
     h = lambdas[0] - lambdas[1]
     ratios = [(lambdas[k] - lambdas[1]) / h for k in range(2, order + 1)]
     slopes = [

@@ -27,16 +27,10 @@ from vqkernels.schedulers._multistep_rows import dpm_solver, usable_order
 from vqkernels.schedulers._noise import Generators
 from vqkernels.schedulers._scheduler import SchedulerOutput
 from vqkernels.schedulers._sigmas import Levels, shift_sigmas
-from vqkernels.schedulers._spacing import check_custom_timesteps, check_steps
+from vqkernels.schedulers._spacing import check_custom_timesteps
 
 ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
 SOLVERS = ("midpoint", "heun")
-_RESPACERS = (
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "use_lu_lambdas",
-)
 _FEW_STEPS = 15  # below which `lower_order_final` counts
 
 
@@ -57,6 +51,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
     """
 
     _compatibles = KARRAS_SCHEDULERS
+    _respacers = (*MultistepScheduler._respacers, "use_lu_lambdas")
 
     @configured
     def __init__(
@@ -122,7 +117,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
                 "solver_order must be 1 or 2 with algorithm_type='sde-dpmsolver', got 3"
             )
         if use_flow_sigmas:
-            check_custom("use_flow_sigmas", _RESPACERS, config)
+            check_custom("use_flow_sigmas", self._respacers, config)
         self._set_up()
 
     def set_timesteps(
@@ -151,33 +146,27 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
             raise ValueError("mu goes with use_dynamic_shifting=True, got False")
         count = config.num_train_timesteps
         if timesteps is not None:
-            check_custom("timesteps", (*_RESPACERS, "use_flow_sigmas"), config)
+            check_custom("timesteps", (*self._respacers, "use_flow_sigmas"), config)
             places: Levels = check_custom_timesteps(timesteps, count)
+            num_inference_steps = len(places)
         else:
             assert num_inference_steps is not None
             places = self._spaced_of(num_inference_steps, self._last_timestep())
 
         if config.use_flow_sigmas:
-            assert num_inference_steps is not None
             shift = config.flow_shift if mu is None else float(np.exp(mu))
-            times = 1.0 - np.linspace(1, 1 / count, check_steps(num_inference_steps, count) + 1)
-            levels = [shift_sigmas(times, shift)[:0:-1].copy()] * 2
-            places = levels[1] * count
+            times = 1.0 - np.linspace(1, 1 / count, num_inference_steps + 1)
+            exact = single = shift_sigmas(times, shift)[:0:-1].copy()
+            places = single * count
         else:
-            levels = []
-            for kept in (self._alphas_cumprod, self._single):
-                spaced = self._respaced(kept, len(places))
-                if spaced is None:
-                    trained = self._training_levels(kept)
-                    spaced = np.interp(places, np.arange(count), trained)
-                levels.append(spaced)
-            if any(config[name] for name in _RESPACERS):
-                places = self._timesteps_of(levels[1])
+            exact, single = self._trained_levels(places, num_inference_steps)
+            if any(config[name] for name in self._respacers):
+                places = self._timesteps_of(single)
                 rounds = config.use_karras_sigmas or config.use_lu_lambdas
                 if rounds and config.beta_schedule != "squaredcos_cap_v2":
                     places = places.round()
-        ends = [self._final(self._alphas_cumprod), self._final(self._single)]
-        exact, single = (np.append(part, end) for part, end in zip(levels, ends, strict=True))
+        exact = np.append(exact, self._final(self._alphas_cumprod))
+        single = np.append(single, self._final(self._single))
         if self._stochastic and exact[-1] > exact[-2] * (1 + 1e-12):
             raise ValueError(
                 f"algorithm_type={config.algorithm_type!r} needs noise levels that descend, "
@@ -198,8 +187,8 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         kept = alphas_cumprod[0]
         return float(((1 - kept) / kept) ** 0.5)
 
-    def _respaced(self, alphas_cumprod: Tensor, steps: int) -> Levels | None:
-        if self.config.use_karras_sigmas or not self.config.use_lu_lambdas:
+    def _respaced(self, alphas_cumprod: Tensor, steps: int) -> Levels:
+        if self.config.use_karras_sigmas or not self.config.use_lu_lambdas:  # in diffusers' order
             return super()._respaced(alphas_cumprod, steps)
         logs = np.log(self._training_levels(alphas_cumprod))
         low, high = logs[0].item(), logs[-1].item()
@@ -322,7 +311,10 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         **operands: Any,
     ) -> tuple[Tensor, Tensor | None]:
         row = self._row_of(index)
-        self._start(row)
+        if self._taken == 0:
+            self._start(row)
+        if operands.get("uncond_output") is not None:
+            operands["uncond_output"] = self._mean(operands["uncond_output"], sample)
         keeps = self.config.solver_order > 1
         thresholded_noise = self._threshold == "dynamic" and not self._data
         result = self._denoise(
@@ -347,19 +339,18 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
     def _step_as_diffusers(
         self, model_output: Tensor, row: int, sample: Tensor, noise: Tensor | None
     ) -> Tensor:
-        self._start(row)
+        if self._taken == 0:
+            self._start(row)
         prediction = self._prediction_as_diffusers(self._mean(model_output, sample), row, sample)
         known = self.lower_order_nums
         self._remember(prediction)
         order = self._order(row, known)
         if noise is not None:
             noise = noise.to(sample.device, torch.float32)
-        alphas, sigmas, lambdas = self._levels_around(row + 1, order + 1)
+        around = self._around(row + 1, order + 1)
         config, sign = self.config, -1.0 if "third_order_sde" in self.compat else 1.0
-        weights = dpm_solver_weights(
-            config.algorithm_type, config.solver_type, order, alphas, sigmas, lambdas, sign
-        )
-        terms = differences(lambdas, self._earlier(), order)
+        weights = dpm_solver_weights(config.algorithm_type, config.solver_type, order, around, sign)
+        terms = differences(around, self._earlier(), order)
         noises = [] if noise is None else [noise]
         previous = weighted(weights, [sample.to(torch.float32), *terms, *noises])
         return previous.to(prediction.dtype)

@@ -142,43 +142,47 @@ class UniPCMultistepScheduler(MultistepScheduler):
         if config.use_dynamic_shifting and mu is None:
             raise ValueError("mu must be given with use_dynamic_shifting=True, got None")
         if sigmas is not None:
-            check_custom("sigmas", ("use_karras_sigmas",), config)
-            if not config.use_flow_sigmas:
-                raise ValueError("sigmas goes with use_flow_sigmas=True, got False")
-            levels = given_levels("sigmas", sigmas)
-            if levels[0] > 1 or levels[-1] <= 0:
-                raise ValueError(f"sigmas must lie in (0, 1], got {levels[-1]} to {levels[0]}")
-            if num_inference_steps not in (None, len(levels)):
-                raise ValueError(
-                    f"num_inference_steps must be the number of sigmas, {len(levels)}, or None, "
-                    f"got {num_inference_steps}"
-                )
-            self._finish_flow(levels, mu, device)
+            self._finish_flow(self._given(sigmas, num_inference_steps), mu, device)
             return
         if num_inference_steps is None:
             raise ValueError("give num_inference_steps or sigmas, got neither")
-        if config.use_flow_sigmas and not config.use_karras_sigmas:
+        respaced = any(config[name] for name in self._respacers)
+        if config.use_flow_sigmas and not respaced:
             steps = check_steps(num_inference_steps, count)
             self._finish_flow(np.linspace(1, 1 / count, steps + 1)[:-1], mu, device)
             return
         places = self._spaced_of(num_inference_steps, count)
-        both, respaced = [], False
-        for kept in (self._alphas_cumprod, self._single):
-            levels = self._respaced(kept, num_inference_steps)
-            respaced = levels is not None
-            if levels is None:
-                levels = np.interp(places, np.arange(count), self._training_levels(kept))
-                last = float(((1 - kept[0]) / kept[0]) ** 0.5)
-            else:
-                levels = levels / (levels + 1) if config.use_flow_sigmas else levels
-                last = levels[-1].item()
-            both.append(np.append(levels, 0 if config.final_sigmas_type == "zero" else last))
-        if respaced and config.use_flow_sigmas:
-            places = both[1][:-1] * count
+        exact, single = self._trained_levels(places, num_inference_steps)
+        if config.use_flow_sigmas:
+            exact, single = exact / (exact + 1), single / (single + 1)
+            places = single * count
         elif respaced:
-            places = self._timesteps_of(both[1][:-1])
+            places = self._timesteps_of(single)
             places = places.round() if config.use_karras_sigmas else places
-        self._finish(*both, places, device)
+
+        def last(levels: Levels, alphas_cumprod: Tensor) -> float:
+            if config.final_sigmas_type == "zero":
+                return 0.0
+            kept = alphas_cumprod[0]
+            return levels[-1].item() if respaced else float(((1 - kept) / kept) ** 0.5)
+
+        exact = np.append(exact, last(exact, self._alphas_cumprod))
+        single = np.append(single, last(single, self._single))
+        self._finish(exact, single, places, device)
+
+    def _given(self, sigmas: Sequence[float], num_inference_steps: int | None) -> Levels:
+        check_custom("sigmas", self._respacers, self.config)
+        if not self.config.use_flow_sigmas:
+            raise ValueError("sigmas goes with use_flow_sigmas=True, got False")
+        levels = given_levels("sigmas", sigmas)
+        if levels[0] > 1 or levels[-1] <= 0:
+            raise ValueError(f"sigmas must lie in (0, 1], got {levels[-1]} to {levels[0]}")
+        if num_inference_steps not in (None, len(levels)):
+            raise ValueError(
+                f"num_inference_steps must be the number of sigmas, {len(levels)}, or None, "
+                f"got {num_inference_steps}"
+            )
+        return levels
 
     def _finish_flow(
         self, levels: Levels, mu: float | None, device: torch.device | str | None
@@ -290,7 +294,8 @@ class UniPCMultistepScheduler(MultistepScheduler):
         **operands: Any,
     ) -> tuple[Tensor, Tensor | None]:
         row = self._row_of(index)
-        self._start(row)
+        if self._taken == 0:
+            self._start(row)
         # What the next step corrects from, written unless it is the sample itself.
         corrects = self._corrects(row, self._begin) and self._corrects(row + 1, self._begin)
         operands["want_prediction"] = True
@@ -307,21 +312,22 @@ class UniPCMultistepScheduler(MultistepScheduler):
         return result.prev_sample, result.prediction
 
     def _step_as_diffusers(self, model_output: Tensor, row: int, sample: Tensor) -> Tensor:
-        self._start(row)
+        if self._taken == 0:
+            self._start(row)
         solver, data = self.config.solver_type, self.predict_x0
         prediction = self._prediction_as_diffusers(model_output, row, sample)
         if self._corrects(row, self._begin):
             assert self.last_sample is not None
             order = self._order(row - 1, self._taken - 1)
-            levels = self._levels_around(row, order + 1)
+            around = self._around(row, order + 1)
             sample = unipc(
-                self.last_sample, prediction, self._earlier(), *levels, solver, order, data
+                self.last_sample, prediction, self._earlier(), around, solver, order, data
             )
         order = self._order(row, self.lower_order_nums)
         self._remember(prediction)
         self.last_sample = sample
-        levels = self._levels_around(row + 1, order + 1)
-        return unipc(sample, None, self._earlier(), *levels, solver, order, data)
+        around = self._around(row + 1, order + 1)
+        return unipc(sample, None, self._earlier(), around, solver, order, data)
 
     def _prediction_as_diffusers(self, output: Tensor, row: int, sample: Tensor) -> Tensor:
         kind = self.config.prediction_type
