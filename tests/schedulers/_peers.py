@@ -34,8 +34,11 @@ def loop(
     scheduler: Any, x: Tensor, model: Callable[..., Tensor] = toy_model, **options: Any
 ) -> Tensor:
     """All steps of a schedule, as a pipeline runs them."""
+    scaled = getattr(
+        scheduler, "scale_model_input", lambda sample, t: sample
+    )  # not diffusers' flows
     for t in scheduler.timesteps:
-        output = model(scheduler.scale_model_input(x, t), t)
+        output = model(scaled(x, t), t)
         x = scheduler.step(output, t, x, **options).prev_sample
     return x
 

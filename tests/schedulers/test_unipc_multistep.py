@@ -123,6 +123,19 @@ def test_flow_levels(shift: float, solver_order: int) -> None:
     check({**config, "use_karras_sigmas": True})
 
 
+def test_terminal_shift_of_one_step() -> None:
+    config = {
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+        "shift_terminal": 0.02,
+    }
+    assert not run(Theirs(**config), 1).isfinite().any()
+    assert not run(UniPCMultistepScheduler(**config, numerics="diffusers"), 1).isfinite().any()
+    plain = {**config, "shift_terminal": None}
+    result = run(UniPCMultistepScheduler(**config), 1)
+    assert torch.equal(result, run(UniPCMultistepScheduler(**plain), 1))
+
+
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
 def test_dynamic_shift(kind: str) -> None:
     config = {

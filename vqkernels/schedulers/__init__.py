@@ -16,6 +16,12 @@ from vqkernels.schedulers.ddim import DDIMScheduler
 from vqkernels.schedulers.ddim_inverse import DDIMInverseScheduler
 from vqkernels.schedulers.ddpm import DDPMScheduler
 from vqkernels.schedulers.dpm_solver_multistep import DPMSolverMultistepScheduler
+from vqkernels.schedulers.edm_euler import EDMEulerScheduler
+from vqkernels.schedulers.euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from vqkernels.schedulers.euler_discrete import EulerDiscreteScheduler
+from vqkernels.schedulers.flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from vqkernels.schedulers.flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
+from vqkernels.schedulers.heun_discrete import HeunDiscreteScheduler
 from vqkernels.schedulers.lcm import LCMScheduler
 from vqkernels.schedulers.rectified_flow import TIME_SCALE, euler_sample
 from vqkernels.schedulers.unipc_multistep import UniPCMultistepScheduler
@@ -37,7 +43,13 @@ __all__ = [
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "DataTime",
+    "EDMEulerScheduler",
     "EDMSigma",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "HeunDiscreteScheduler",
     "LCMScheduler",
     "Level",
     "NoiseTime",

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqkernels.ops._checks import check_choice, check_floating, check_same_device
+from vqkernels.ops._checks import check_choice, check_tensor
+from vqkernels.ops._noise import at_levels, check_like, check_samples
 from vqkernels.ops.diffuse import diffuse
 from vqkernels.schedulers._betas import make_betas
 from vqkernels.schedulers._prediction import DISCRETE_PREDICTIONS
@@ -133,14 +134,16 @@ class BetaScheduler(Scheduler):
         Args:
             original_samples: `[B, ...]`.
             noise: the same shape.
-            timesteps: int64, `[]`, `[B]`, or more of the samples' leading dimensions (a timestep
-                a token: `[B, N]` for samples `[B, N, D]`).
+            timesteps: int64, `[]`, `[B]`, or the first of the samples' dimensions (a timestep a
+                token: `[B, N]` for samples `[B, N, D]`), ones where they do not vary; on any
+                device.
 
         Raises:
             TypeError: a dtype that does not fit.
-            ValueError: a shape or device that does not fit; on the CPU, a timestep outside of
+            ValueError: a shape that does not fit; on the CPU, a timestep outside of
                 [0, num_train_timesteps).
         """
+        check_like("noise", noise, "original_samples", original_samples)
         if self._rounds_as_diffusers(original_samples):
             alpha, sigma = self._levels_as_diffusers(original_samples, timesteps)
             return alpha * original_samples + sigma * noise
@@ -149,6 +152,7 @@ class BetaScheduler(Scheduler):
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """sqrt(alphas_cumprod[t]) noise - sqrt(1 - alphas_cumprod[t]) sample; as `add_noise`."""
+        check_like("noise", noise, "sample", sample)
         if self._rounds_as_diffusers(sample):
             alpha, sigma = self._levels_as_diffusers(sample, timesteps)
             return alpha * noise - sigma * sample
@@ -161,13 +165,11 @@ class BetaScheduler(Scheduler):
         return self.numerics == "diffusers"
 
     def _levels_at(self, sample: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Alpha and sigma of each timestep."""
-        check_floating("original_samples", sample)
+        """Alpha and sigma of each timestep, for `diffuse`."""
         self._check_timesteps(sample, timesteps)
+        t = at_levels("timesteps", timesteps.to(sample.device), "the sample", sample)
         self._levels = self._levels.to(sample.device)  # stays there for the next call
-        if timesteps.dim() == 0:
-            timesteps = timesteps.expand(len(sample))
-        alpha, sigma = self._levels[:, timesteps]
+        alpha, sigma = self._levels[:, t]
         return alpha, sigma
 
     def _levels_as_diffusers(self, sample: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,6 +181,8 @@ class BetaScheduler(Scheduler):
         return level**0.5, (1 - level) ** 0.5
 
     def _check_timesteps(self, sample: Tensor, timesteps: Tensor) -> None:
+        check_samples("sample", sample)
+        check_tensor("timesteps", timesteps)
         if timesteps.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"timesteps must be int64 or int32, got {timesteps.dtype}")
         if timesteps.device.type == "cpu" and timesteps.numel():
@@ -188,5 +192,3 @@ class BetaScheduler(Scheduler):
                     f"timesteps must lie in [0, num_train_timesteps = "
                     f"{self.config.num_train_timesteps}), got values from {low} to {high}"
                 )
-        if timesteps.device != sample.device:
-            check_same_device("timesteps", timesteps, "original_samples", sample)

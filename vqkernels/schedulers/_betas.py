@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp")
 _MAX_BETA = 0.999
 
 
@@ -39,6 +39,7 @@ def make_betas(
     | "scaled_linear"     | square of a line from sqrt(start) to sqrt(end) | arXiv:2112.10752 |
     | "squaredcos_cap_v2" | alphas_cumprod ~ cos^2, betas at most 0.999    | arXiv:2102.09672 |
     | "sigmoid"           | start + (end - start) sigmoid(-6 .. 6)         | arXiv:2203.02923 |
+    | "exp"               | alphas_cumprod ~ exp(-12 time)                 | none             |
     | "laplace"           | log signal-to-noise ratios follow Laplace's    | arXiv:2407.03297 |
     |                     | distribution                                   |                  |
     """
@@ -59,6 +60,8 @@ def make_betas(
         betas = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=dtype)) * (end - start) + start
     elif schedule == "squaredcos_cap_v2":
         betas = _from_survival(_cosine, steps, dtype)
+    elif schedule == "exp":
+        betas = _from_survival(_exponential, steps, dtype)
     elif schedule == "laplace":
         betas = _from_survival(_laplace, steps, dtype)
     else:
@@ -95,6 +98,10 @@ def _from_survival(
 
 def _cosine(time: float) -> float:
     return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _exponential(time: float) -> float:
+    return math.exp(time * -12.0)
 
 
 def _laplace(time: float) -> float:

@@ -19,7 +19,7 @@ from vqkernels.schedulers._multistep_rows import Path
 from vqkernels.schedulers._prediction import DISCRETE_PREDICTIONS, data_weights, noise_weights
 from vqkernels.schedulers._sigmas import (
     Levels,
-    respaced_sigmas,
+    respaced_like,
     respacing_of,
     sigma_to_t,
     variance_exploding_sigmas,
@@ -140,13 +140,10 @@ class MultistepScheduler(BetaScheduler):
 
     def _respaced(self, alphas_cumprod: Tensor, steps: int) -> Levels:
         levels = self._training_levels(alphas_cumprod)
-        # Entries of other schedulers' configs count here as they do in diffusers.
-        low, high = self.config.get("sigma_min"), self.config.get("sigma_max")
-        low = levels[0].item() if low is None else low
-        high = levels[-1].item() if high is None else high
         name = respacing_of(self.config)
         assert name is not None
-        return respaced_sigmas(name, steps, low, high)
+        # sigma_min and sigma_max of another class's config count here too, as in diffusers.
+        return respaced_like(self.config, name, levels[::-1], steps)
 
     def _timesteps_of(self, levels: Levels) -> Levels:
         return sigma_to_t(levels, np.log(self._training_levels(self._single)))
@@ -159,7 +156,7 @@ class MultistepScheduler(BetaScheduler):
         device: torch.device | str | None,
     ) -> None:
         """Take up a schedule: levels `[steps + 1]` in float64, as diffusers has them, timesteps."""
-        if not np.isfinite(exact).all():
+        if self.numerics == "exact" and not np.isfinite(exact).all():
             raise ValueError(f"the schedule's noise levels must be finite, got {exact.tolist()}")
         if abs(exact[-1] - exact[-2]) <= 1e-12 * exact[-2]:
             exact[-1] = exact[-2]  # one level that was computed in two ways

@@ -42,6 +42,11 @@ def karras_sigmas(ramp: Ramp, sigma_min: float, sigma_max: float, rho: float = 7
 
 def exponential_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Levels:
     """From sigma_max to sigma_min, linear in log(sigma)."""
+    if not 0 < sigma_min <= sigma_max:
+        raise ValueError(
+            "use_exponential_sigmas needs positive levels, the last at most the first, "
+            f"got {sigma_min} to {sigma_max}"
+        )
     levels: Levels = np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
     return levels
 
@@ -87,6 +92,17 @@ def respaced_sigmas(name: str, steps: int, sigma_min: float, sigma_max: float) -
     return beta_sigmas(steps, sigma_min, sigma_max)
 
 
+def respaced_like(config: Mapping[str, Any], name: str, levels: Levels, steps: int) -> Levels:
+    """`respaced_sigmas` between the config's sigma_min and sigma_max, or else those of `levels`."""
+    low, high = config.get("sigma_min"), config.get("sigma_max")
+    return respaced_sigmas(
+        name,
+        steps,
+        levels[-1].item() if low is None else low,
+        levels[0].item() if high is None else high,
+    )
+
+
 def sigma_to_t(sigmas: Levels, log_sigmas: Levels) -> Levels:
     """Timesteps of levels `[S]`, linear in log(sigma) between the training timesteps' `[T]`.
 
@@ -108,10 +124,10 @@ def shift_sigmas(sigmas: Ramp, shift: float) -> Ramp:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def time_shift(kind: str, mu: float, sigmas: Ramp) -> Ramp:
+def time_shift(kind: str, mu: float, sigmas: Ramp, power: float = 1.0) -> Ramp:
     """A shift that follows the resolution: by exp(mu) ("exponential") or by mu ("linear")."""
     shift = math.exp(mu) if kind == "exponential" else mu
-    return shift / (shift + (1 / sigmas - 1) ** 1.0)
+    return shift / (shift + (1 / sigmas - 1) ** power)
 
 
 def stretch_to_terminal(sigmas: Ramp, terminal: float) -> Ramp:
@@ -120,9 +136,7 @@ def stretch_to_terminal(sigmas: Ramp, terminal: float) -> Ramp:
     return 1 - rest / (rest[-1] / (1 - terminal))
 
 
-def given_levels(
-    name: str, values: Any, *, strictly: bool = True, dtype: Any = np.float64
-) -> Levels:
+def given_levels(name: str, values: Any, dtype: Any = np.float64) -> Levels:
     """Sigmas or timesteps that a caller gives, `[S]`, highest first.
 
     Raises:

@@ -193,7 +193,8 @@ class UniPCMultistepScheduler(MultistepScheduler):
             levels = time_shift(config.time_shift_type, mu, levels)
         else:
             levels = shift_sigmas(levels, config.flow_shift)
-        if config.shift_terminal:
+        # A level without data stays what it is: no stretch moves it.
+        if config.shift_terminal and (levels[-1] != 1 or "shift_terminal_nan" in self.compat):
             levels = stretch_to_terminal(levels, config.shift_terminal)
         if abs(levels[0] - 1) < _NEARLY_NOISE:
             levels[0] -= _NEARLY_NOISE
