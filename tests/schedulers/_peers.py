@@ -10,6 +10,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BOUND = 1e-5  # of the largest magnitude, over a whole loop
 STEPS = (1, 2, 3, 7, 50)
@@ -115,3 +116,18 @@ def compare(
     assert found.dtype == x.dtype
     assert_follows(found, expected, unrounded)
     assert torch.equal(run(ours(**arguments, numerics="diffusers"), x), expected)
+
+
+class NoReads(TorchDispatchMode):
+    """Raises where the host reads a tensor's value, waits for it, moves it, or copies a number of
+    its own to a device."""
+
+    forbidden = (
+        *("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"),
+        *("_to_copy", "lift_fresh", "lift_fresh_copy"),
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.forbidden, f"{name} in a step"
+        return func(*args, **(kwargs or {}))

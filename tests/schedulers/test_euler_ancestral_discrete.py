@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from _loops import assert_is_diffusers, ours, run, theirs
-from _peers import start
+from _peers import STEPS, start
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "EulerAncestralDiscreteScheduler"
-STEPS = (1, 2, 3, 7, 50)
 
 
 @pytest.mark.parametrize("steps", STEPS)

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from _loops import assert_is_diffusers, ours, theirs
-from _peers import start, toy_model
+from _peers import STEPS, start, toy_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "EulerDiscreteScheduler"
-STEPS = (1, 2, 3, 7, 50)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -185,13 +186,19 @@ def test_get_velocity() -> None:
         ({"sigmas": [1.0, 0.0, 0.0]}, "sigmas must hold positive levels"),
         ({"sigmas": [1.0, 2.0, 0.0]}, "sigmas must descend"),
         ({"sigmas": [float("nan"), 0.0]}, "sigmas must be finite"),
-        ({"timesteps": [1000, 1]}, r"timesteps must lie in \[0, .* = 999\], got 1000"),
+        ({"timesteps": [1000, 1]}, r"timesteps .* must lie in \[0, .* = 999\], got 1000"),
         ({"timesteps": [10, -1]}, "timesteps must not be negative"),
     ],
 )
 def test_schedules_that_cannot_be(schedule: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ours(NAME, {}, **schedule)
+
+
+def test_an_offset_out_of_the_schedule() -> None:
+    config = {"timestep_spacing": "leading", "steps_offset": 300}
+    with pytest.raises(ValueError, match=r"timesteps .*by steps_offset\) must lie in .*, got 1100"):
+        ours(NAME, config, num_inference_steps=5)
 
 
 def test_timesteps_do_not_go_with_levels_spaced_otherwise() -> None:

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from _loops import assert_is_diffusers, ours, theirs
-from _peers import start, toy_model
+from _peers import STEPS, start, toy_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "FlowMatchEulerDiscreteScheduler"
-STEPS = (1, 2, 3, 7, 50)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -129,6 +130,13 @@ def test_tokens_with_timesteps_of_their_own(config: dict[str, Any], stochastic: 
     assert torch.equal(tokens_of(rounded), expected)
     exact = ours(NAME, config, compat=("double_shift",), num_inference_steps=6)
     torch.testing.assert_close(tokens_of(exact), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_take_no_guidance() -> None:
+    scheduler, x = ours(NAME, {}, num_inference_steps=3), start((2, 6, 8))
+    t = scheduler.timesteps[0]
+    with pytest.raises(ValueError, match="uncond_output must be None with per_token_timesteps"):
+        scheduler.step(x, t, x, per_token_timesteps=t.expand(2, 6), uncond_output=x)
 
 
 def test_keyed_noise_of_tokens_is_the_samples() -> None:

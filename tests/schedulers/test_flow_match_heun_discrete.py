@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from _loops import assert_is_diffusers, ours, theirs
-from _peers import start, toy_model
+from _peers import STEPS, start, toy_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "FlowMatchHeunDiscreteScheduler"
-STEPS = (1, 2, 3, 7, 50)
 
 
 @pytest.mark.parametrize("steps", STEPS)

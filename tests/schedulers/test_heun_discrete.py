@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from _loops import assert_is_diffusers, in_float64, ours, run, theirs
-from _peers import distance, start, toy_model
+from _peers import STEPS, distance, start, toy_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAME = "HeunDiscreteScheduler"
-STEPS = (1, 2, 3, 7, 50)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -133,7 +134,7 @@ def test_a_loop_that_was_left_halfway_leaves_nothing_behind() -> None:
         ({}, {"num_inference_steps": 1, "timesteps": [1]}, "got both"),
         ({}, {"num_inference_steps": 0}, "num_inference_steps must lie in"),
         ({}, {"timesteps": [1, 5]}, "timesteps must descend"),
-        ({}, {"timesteps": [2000]}, "timesteps must lie in"),
+        ({}, {"timesteps": [2000]}, r"timesteps .* must lie in"),
         ({"use_beta_sigmas": True}, {"timesteps": [5, 1]}, "with use_beta_sigmas=True"),
     ],
 )

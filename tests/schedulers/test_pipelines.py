@@ -79,6 +79,16 @@ def test_dit_pipeline(transformer_and_vae: tuple[Any, Any], name: str) -> None:
     assert_same_pictures(pipe, name, class_labels=[207, 360])
 
 
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("spacing", ["linspace", "leading"])
+def test_dit_pipeline_on_levels(
+    transformer_and_vae: tuple[Any, Any], name: str, spacing: str
+) -> None:
+    scheduler = getattr(diffusers, name)(timestep_spacing=spacing)
+    pipe = diffusers.DiTPipeline(*transformer_and_vae, scheduler)
+    assert_same_pictures(pipe, name, class_labels=[207, 360])
+
+
 def test_a_pipeline_built_with_ours(transformer_and_vae: tuple[Any, Any]) -> None:
     expected = pictures(
         diffusers.DiTPipeline(*transformer_and_vae, diffusers.DDIMScheduler()), class_labels=[1]

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from _loops import ours, theirs
-from _peers import BOUND, distance, generator, loop, start, toy_model
-from test_beta_schedulers import NoReads
+from _peers import BOUND, NoReads, distance, generator, loop, start, toy_model
 from torch import Tensor
 
 import vqkernels
@@ -117,6 +116,7 @@ def test_timesteps_of_any_shape(name: str) -> None:
     one = mix(scheduler, x0, noise, t[0, 0])
     assert torch.equal(one, mix(scheduler, x0, noise, t[0, 0].expand(2)))
     assert torch.equal(one, mix(scheduler, x0, noise, t[0, 0].expand(2, 1, 1)))
+    assert torch.equal(one, mix(scheduler, x0, noise, float(t[0, 0])))
 
 
 @every_class
@@ -127,7 +127,8 @@ def test_noising_refuses_what_does_not_fit(name: str) -> None:
         (torch.tensor([float(inside), 12345.0]), ValueError, "timesteps must be of the schedule's"),
         (torch.tensor([float("nan"), 1.0]), ValueError, "timesteps must be of the .*got nan"),
         (inside.expand(3), ValueError, r"alpha must be \[2\], or .*got \[3\]"),
-        (7.0, TypeError, "timesteps must be a torch.Tensor, got float"),
+        (-7.5, ValueError, "timesteps must be of the schedule's .*, got -7.5"),
+        ("7", TypeError, "timesteps must be a torch.Tensor, got str"),
     ):
         with pytest.raises(error, match=message):
             mix(scheduler, x0, x0, t)

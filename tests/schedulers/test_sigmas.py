@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqkernels.schedulers import _sigmas
+from vqkernels.schedulers import EulerDiscreteScheduler, _sigmas
 
 STEPS = (1, 2, 3, 7, 50, 1000)
 
@@ -94,3 +94,5 @@ def test_beta_sigmas_say_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(ImportError, match="use_beta_sigmas needs scipy"):
         _sigmas.beta_sigmas(3, 0.1, 1.0)
+    with pytest.raises(ImportError, match="use_beta_sigmas needs scipy"):
+        EulerDiscreteScheduler(use_beta_sigmas=True)

@@ -33,6 +33,7 @@ class BetaScheduler(Scheduler):
     _alphas_cumprod: Tensor  # float64
     _levels: Tensor  # [2, T] float64: alpha and sigma of x_t = alpha x_0 + sigma z
     _predictions: tuple[str, ...] = DISCRETE_PREDICTIONS
+    _bounds_predictions = False  # whether the class called _set_threshold
 
     def _set_betas(self) -> None:
         """From the config's beta_start, beta_end, beta_schedule, trained_betas, ..."""
@@ -64,10 +65,15 @@ class BetaScheduler(Scheduler):
     def _set_threshold(self) -> None:
         """From the config's clip_sample, thresholding, ...: clipping is a column of the table."""
         config = self.config
+        self._bounds_predictions = True
+        self._threshold = "clip" if config.clip_sample else "none"
         if config.get("thresholding"):
             self._threshold, self._ratio = "dynamic", config.dynamic_thresholding_ratio
-        elif config.clip_sample:
-            self._threshold = "clip"
+
+    def _lay_out(self, timesteps: Tensor, device: torch.device | str | None = None) -> None:
+        if self._bounds_predictions:  # pipelines may have replaced the config
+            self._set_threshold()
+        super()._lay_out(timesteps, device)
 
     def _clip(self) -> float:
         config = self.config
@@ -86,11 +92,12 @@ class BetaScheduler(Scheduler):
             config.steps_offset,
             extra_timestep="trailing_extra_timestep" in self.compat,
         )
-        if timesteps[0] >= config.num_train_timesteps:
+        outside = timesteps[0] >= config.num_train_timesteps or timesteps[-1] < 0
+        if outside and config.timestep_spacing == "leading":
             raise ValueError(
-                f"steps_offset must leave timesteps below num_train_timesteps = "
-                f"{config.num_train_timesteps}, got {config.steps_offset}, which gives the "
-                f"timestep {timesteps[0]:g}"
+                f"steps_offset must leave timesteps in [0, num_train_timesteps = "
+                f"{config.num_train_timesteps}), got {config.steps_offset}, which gives "
+                f"{timesteps[0]:g} to {timesteps[-1]:g}"
             )
         return timesteps.round().astype(np.int64)
 

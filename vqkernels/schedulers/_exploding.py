@@ -76,13 +76,14 @@ class ExplodingScheduler(AdditiveScheduler, BetaScheduler):
                 f"timesteps must not be given with use_{self._respacing}_sigmas=True: the levels "
                 f"tell the timesteps, got {timesteps!r}"
             )
-        times = given_levels("timesteps", timesteps, self._precision)
+        return given_levels("timesteps", timesteps, self._precision)
+
+    def _check_times(self, times: Levels) -> None:
         if times[0] > len(self._trained) - 1:
             raise ValueError(
-                f"timesteps must lie in [0, num_train_timesteps - 1 = {len(self._trained) - 1}], "
-                f"got {times[0]:g}"
+                f"timesteps (as given, or by steps_offset) must lie in "
+                f"[0, num_train_timesteps - 1 = {len(self._trained) - 1}], got {times[0]:g}"
             )
-        return times
 
     def _at_times(self, times: Levels) -> Levels:
         return np.interp(times, np.arange(len(self._trained)), self._trained)

@@ -54,14 +54,16 @@ class FlowScheduler(SigmaScheduler):
     def _mix_as_diffusers(self, data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         return sigma * noise + (1.0 - sigma) * data
 
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
+    def scale_noise(
+        self, sample: Tensor, timestep: Tensor | float, noise: Tensor | None = None
+    ) -> Tensor:
         """(1 - sigma(t)) sample + sigma(t) noise.
 
         Args:
             sample: `[B, ...]`.
-            timestep: of the schedule, `[]`, `[B]`, or more of the sample's leading dimensions (a
-                timestep a token: `[B, N]` for samples `[B, N, D]`). Once a loop has begun
-                (`set_begin_index`, `step`), noise is that of its present step whatever they are.
+            timestep: of the schedule; a number, `[]`, `[B]`, or more of the sample's leading
+                dimensions (a timestep a token: `[B, N]` for samples `[B, N, D]`). Once a loop
+                has begun (`set_begin_index`, `step`), noise is that of its present step.
             noise: sample's shape.
 
         Raises:

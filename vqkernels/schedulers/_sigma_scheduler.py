@@ -26,13 +26,19 @@ class SigmaScheduler(Scheduler):
 
     sigmas: Tensor
     _sigmas: Tensor  # the same in float64, on the CPU
+    _moved: Tensor  # and on the device of the samples last noised
     _host: list[float]  # and as numbers: a step reads no tensor
     _defaults: ClassVar[dict[str, Any]] = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf}
 
     def _set_sigmas(self, sigmas: Levels) -> None:
         self._sigmas = torch.from_numpy(sigmas.astype(np.float64))
         self.sigmas = self._sigmas.float()
+        self._moved = self._sigmas
         self._host = self._sigmas.tolist()
+
+    def _sigmas_on(self, device: torch.device | str) -> Tensor:
+        self._moved = self._moved.to(device)
+        return self._moved
 
     @property
     def _precision(self) -> Any:
@@ -117,7 +123,11 @@ class SigmaScheduler(Scheduler):
         raise NotImplementedError
 
     def _noised(
-        self, data: Tensor, noise: Tensor | None, timesteps: Tensor, name: str = "original_samples"
+        self,
+        data: Tensor,
+        noise: Tensor | None,
+        timesteps: Tensor | float,
+        name: str = "original_samples",
     ) -> Tensor:
         """`data` mixed with noise at the levels of these timesteps."""
         check_floating(name, data)
@@ -128,7 +138,7 @@ class SigmaScheduler(Scheduler):
             sigma = self.sigmas.to(device=data.device, dtype=data.dtype)[rows]
             sigma = sigma.reshape(sigma.shape + (1,) * (data.dim() - sigma.dim()))
             return self._mix_as_diffusers(data, noise, sigma)
-        sigma = self._sigmas.to(data.device)[rows]
+        sigma = self._sigmas_on(data.device)[rows]
         return diffuse(data, self._data_weight(sigma), sigma, noise=noise)[0]
 
     def _rounds_as_diffusers(self, sample: Tensor) -> bool:
@@ -136,13 +146,13 @@ class SigmaScheduler(Scheduler):
             return "bf16_noise" in self.compat
         return self.numerics == "diffusers"
 
-    def _rows_at(self, timesteps: Tensor, data: Tensor) -> Tensor:
+    def _rows_at(self, timesteps: Tensor | float, data: Tensor) -> Tensor:
         """Where in the schedule each timestep is, `[B]` or a larger prefix of data's shape."""
-        timesteps = per_sample(timesteps, data)
+        times = per_sample(timesteps, data)
         if self._begin_index is None:
-            return self._search(timesteps)
+            return self._search(times)
         row = self._begin_index if self._step_index is None else self._step_index
-        return torch.full(timesteps.shape, row, dtype=torch.int64, device=data.device)
+        return torch.full(times.shape, row, dtype=torch.int64, device=data.device)
 
     def _search(self, timesteps: Tensor) -> Tensor:
         """Rows of timesteps, all at once; of repetitions the second as in `index_for_timestep`."""
@@ -186,7 +196,10 @@ class AdditiveScheduler(SigmaScheduler):
         return self._noised(original_samples, noise, timesteps)
 
 
-def per_sample(timesteps: Tensor, data: Tensor) -> Tensor:
+def per_sample(timesteps: Tensor | float, data: Tensor) -> Tensor:
+    """Beside the data; one value once a sample."""
+    if isinstance(timesteps, (int, float)):
+        timesteps = torch.tensor(float(timesteps), dtype=torch.float64)
     check_tensor("timesteps", timesteps)
     timesteps = timesteps.to(data.device)
     return timesteps.expand(len(data)) if timesteps.dim() == 0 else timesteps

@@ -55,22 +55,27 @@ def beta_sigmas(
     steps: int, sigma_min: float, sigma_max: float, alpha: float = 0.6, beta: float = 0.6
 ) -> Levels:
     """From sigma_max to sigma_min at the quantiles of a beta distribution: arXiv:2407.12173."""
+    share = _beta_distribution().ppf(1 - np.linspace(0, 1, steps), alpha, beta)
+    levels: Levels = sigma_min + share * (sigma_max - sigma_min)
+    return levels
+
+
+def _beta_distribution() -> Any:
     try:
-        from scipy.stats import beta as distribution
+        from scipy.stats import beta
     except ImportError as error:
         raise ImportError(
             f"use_beta_sigmas needs scipy, which could not be imported ({error}); install it with "
             "`pip install scipy`"
         ) from error
-    share = distribution.ppf(1 - np.linspace(0, 1, steps), alpha, beta)
-    levels: Levels = sigma_min + share * (sigma_max - sigma_min)
-    return levels
+    return beta
 
 
 def respacing_of(config: Mapping[str, Any]) -> str | None:
     """Which of `RESPACINGS` a config asks for with its `use_..._sigmas`, or None.
 
     Raises:
+        ImportError: beta is asked for, without scipy.
         ValueError: more than one is asked for.
     """
     chosen = [name for name in RESPACINGS if config.get(f"use_{name}_sigmas")]
@@ -80,6 +85,8 @@ def respacing_of(config: Mapping[str, Any]) -> str | None:
             "only one of use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas may be "
             f"true, got {given}"
         )
+    if "beta" in chosen:
+        _beta_distribution()
     return chosen[0] if chosen else None
 
 

@@ -75,6 +75,7 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
             ValueError: a number of steps outside of [1, num_train_timesteps].
         """
         times = self._spaced_times(num_inference_steps, self.config.num_train_timesteps)
+        self._check_times(times)
         self.num_inference_steps = num_inference_steps
         self._set_sigmas(np.append(self._at_times(times), 0.0))
         self._lay_out(torch.from_numpy(times.astype(np.float32)), device)

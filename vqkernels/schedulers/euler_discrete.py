@@ -123,6 +123,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
                 assert num_inference_steps is not None
                 steps = num_inference_steps
                 times = self._spaced_times(steps, self.config.num_train_timesteps)
+            self._check_times(times)
             levels = self._interpolated(times, steps)
             if self._respacing:
                 levels, times = self._respaced(levels, steps)

@@ -160,6 +160,7 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
         self.num_inference_steps = len(flow)
         self._set_sigmas(torch.cat([flow, end]).numpy())
         self.sigmas = self.sigmas.to(device)
+        self._sigmas_on(self.sigmas.device)  # for steps of tokens
         self._lay_out(shown.float(), device)
 
     def _shifted(self, levels: Levels, mu: float | None) -> Levels:
@@ -272,10 +273,10 @@ class FlowMatchEulerDiscreteScheduler(FlowScheduler):
     ) -> Tensor:
         check_tensor("per_token_timesteps", timesteps)
         sigma = timesteps.to(sample.device, torch.float64) / self.config.num_train_timesteps
-        levels = self._sigmas.to(sample.device)
+        levels = self._sigmas_on(sample.device)
         below = levels < sigma.unsqueeze(-1) - 1e-6
         following = torch.where(below, levels, 0).amax(-1)
-        if not self.config.stochastic_sampling:
+        if not self.config.stochastic_sampling:  # the other sign, see `step`
             sigma, following = following, sigma
         columns = self._flow_columns(sigma.flatten(), following.flatten())
         table = torch.zeros(sigma.numel(), len(COLUMNS), dtype=torch.float64, device=sample.device)

@@ -92,6 +92,7 @@ class HeunDiscreteScheduler(HeunPairs, ExplodingScheduler):
             raise ValueError(f"give num_inference_steps or timesteps, got {given}")
         trained = num_train_timesteps or self.config.num_train_timesteps
         times = self._scheduled(num_inference_steps, trained, timesteps)
+        self._check_times(times.numpy())
         self._first = None
         self._lay_out(times, device)
 
