@@ -1,8 +1,8 @@
-"""A whole sampling loop as a function: the same samples for the same seeds, however they are batched.
+"""A whole sampling loop as a function: the same samples for the same seeds, whatever the batch.
 
-The noise of sample `sample_ids[i]` is keyed by (seed, its id, step): the first noise by stream 0, that
-of the steps by stream 1. Guidance is that of Ho & Salimans 2022, arXiv:2207.12598, rescaled as in
-Lin et al. 2023, arXiv:2305.08891, on an interval as in Kynkäänniemi et al. 2024, arXiv:2404.07724.
+The noise of sample `sample_ids[i]` is keyed by (seed, its id, step): the first noise by stream 0,
+that of the steps by stream 1. Guidance: Ho & Salimans 2022, arXiv:2207.12598; rescaled: Lin et al.
+2023, arXiv:2305.08891; on an interval: Kynkäänniemi et al. 2024, arXiv:2404.07724.
 """
 
 from __future__ import annotations
@@ -95,14 +95,11 @@ def sample(
         raise ValueError(f"guidance_scale needs unconditional, got {guidance_scale} and none")
     check_sample_ids(sample_ids, shape[0], where)
     if num_inference_steps is not None:
-        scheduler.set_timesteps(num_inference_steps, device=where)
-    scheduler.coefficients  # noqa: B018 (raises without timesteps)
+        scheduler.set_timesteps(num_inference_steps, device=where)  # type: ignore[attr-defined]
+    scheduler.begin_loop()
     calls = len(scheduler.timesteps)
-
     if state is None:
         x = _first(scheduler, shape, latents, seed, sample_ids, dtype, where)
-        scheduler.set_begin_index(0)
-        scheduler.start_loop(0)
         begin = 0
     else:
         x, begin = state.sample, state.step
@@ -111,7 +108,6 @@ def sample(
                 f"state must have a sample {list(shape)} and a step of 0 to {calls}, "
                 f"got {list(x.shape)} and {begin}"
             )
-        scheduler.set_begin_index(0)
         scheduler.restore_memory(state.memory)
 
     times = scheduler.timesteps.tolist() if guidance_interval is not None else []
@@ -119,8 +115,7 @@ def sample(
     for step in progress_bar(range(begin, calls), "sampling", show=progress):
         t = scheduler.timesteps[step]
         guided = guidance_scale != 1 and (
-            guidance_interval is None
-            or guidance_interval[0] <= times[step] <= guidance_interval[1]
+            guidance_interval is None or guidance_interval[0] <= times[step] <= guidance_interval[1]
         )
         inputs = scheduler.scale_model_input(x, t)
         if guided:
@@ -135,9 +130,7 @@ def sample(
         else:
             output = _output(model(inputs, t.expand(batched), **conditions))
             options = {}
-        x = scheduler.next_sample(
-            x, output, step, seed=seed, sample_ids=sample_ids, **options
-        )
+        x = scheduler.next_sample(x, output, step, seed=seed, sample_ids=sample_ids, **options)
         if on_step is not None:
             on_step(SamplingState(step + 1, x, scheduler.memory()))
     return x
