@@ -28,9 +28,11 @@ SPILLS = ((120, "_attention_grad_keys"),)
 KERNELS = ("_attention_forward", "_attention_grad_queries", "_attention_grad_keys")
 
 
+HALF, SPLIT = torch.bfloat16, torch.float32
 # The last width of a row of the table needs the most. Of masks a tile of added numbers does.
-MASKED = [(capability, dim, "added") for capability in CAPABILITIES for dim in (80, 128, 256)]
-MASKED += [(90, 96, "added"), *((90, dim, mask) for dim in (80, 128) for mask in ("none", "bool"))]
+MASKED = [(capability, dim, "added", HALF) for capability in CAPABILITIES for dim in (80, 128, 256)]
+MASKED += [(90, 96, "added", HALF), (120, 256, "added", SPLIT)]
+MASKED += [(90, dim, mask, HALF) for dim in (80, 128) for mask in ("none", "bool")]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -73,12 +75,15 @@ def test_compiles_without_spills(capability: int, is_causal: bool, dropout: bool
         assert not any(loop["LDL"] + loop["STL"] for loop in result.code.innermost_loops), kernel
 
 
-@pytest.mark.parametrize(("capability", "dim", "mask"), MASKED)
-def test_shared_memory_holds_masks(capability: int, dim: int, mask: str) -> None:
+@pytest.mark.parametrize(("capability", "dim", "mask", "dtype"), MASKED)
+def test_shared_memory_holds_masks(
+    capability: int, dim: int, mask: str, dtype: torch.dtype
+) -> None:
     """As the wrappers launch them: what needs more raises as it starts."""
-    q, k, lse = empty(2, 2, 150, dim), empty(2, 2, 190, dim), empty(2, 2, 150, dtype=torch.float32)
-    dtype = torch.bool if mask == "bool" else torch.bfloat16
-    given = None if mask == "none" else empty(150, 190, dtype=dtype).expand(2, 2, -1, -1)
+    q, k = (empty(2, 2, rows, dim, dtype=dtype) for rows in (150, 190))
+    lse = empty(2, 2, 150, dtype=torch.float32)
+    of_mask = torch.bool if mask == "bool" else dtype
+    given = None if mask == "none" else empty(150, 190, dtype=of_mask).expand(2, 2, -1, -1)
     launches = recorded(lambda: attention(q, k, k, given, False, 0.125), capability)
     backward = lambda: attention_backward(q, q, k, k, q, lse, given, False, 0.125)  # noqa: E731
     results = all_compiled(launches + recorded(backward, capability), capability)

@@ -87,8 +87,12 @@ CONFIGS = (
                     "as below; 32 keys spill"),
     AttentionConfig("forward", FAMILIES, "split", 80, 64, 32, 4, 2, 0,
                     "each operand stands in three terms; small tiles keep them in registers"),
+    AttentionConfig("forward", FAMILIES, "split", 128, 64, 16, 8, 2, 0,
+                    "as above, 74 KiB at 128 columns"),
+    AttentionConfig("forward", ("small",), "split", 256, 32, 16, 8, 2, 0,
+                    "85 of 99 KiB; three terms of 256 columns spill with any tile"),
     AttentionConfig("forward", FAMILIES, "split", 256, 64, 16, 8, 2, 0,
-                    "as above, within 99 KiB at 256 columns"),
+                    "138 of 163 KiB"),
 
     AttentionConfig("queries", ("hopper",), "half", 80, 64, 64, 4, 3, 0,
                     "measured: the best of 11 shapes at 64 columns, within 2% of it at 72"),
@@ -104,8 +108,12 @@ CONFIGS = (
                     "two warpgroups share 256 columns of sums"),
     AttentionConfig("queries", FAMILIES, "split", 80, 64, 16, 4, 2, 0,
                     "three terms of each operand; small tiles keep them in registers"),
+    AttentionConfig("queries", FAMILIES, "split", 128, 32, 16, 8, 1, 0,
+                    "as above, 56 KiB at 128 columns"),
+    AttentionConfig("queries", ("small",), "split", 256, 16, 16, 8, 1, 0,
+                    "64 of 99 KiB, and the fewest spills"),
     AttentionConfig("queries", FAMILIES, "split", 256, 32, 16, 8, 1, 0,
-                    "as above, within 99 KiB at 256 columns"),
+                    "112 of 163 KiB"),
 
     AttentionConfig("keys", ("hopper",), "half", 80, 64, 64, 4, 3, 0,
                     "measured: the best of 13 shapes at 72 columns, within 1% of it at 64"),
@@ -126,8 +134,12 @@ CONFIGS = (
                     "the sums stand in tensor memory"),
     AttentionConfig("keys", FAMILIES, "split", 80, 16, 64, 4, 2, 0,
                     "three terms of each operand; small tiles keep them in registers"),
+    AttentionConfig("keys", FAMILIES, "split", 128, 16, 32, 8, 1, 0,
+                    "as above, 64 KiB at 128 columns"),
+    AttentionConfig("keys", ("small",), "split", 256, 16, 16, 8, 1, 0,
+                    "80 of 99 KiB, and the fewest spills"),
     AttentionConfig("keys", FAMILIES, "split", 256, 16, 32, 8, 1, 0,
-                    "as above, within 99 KiB at 256 columns"),
+                    "128 of 163 KiB"),
 )
 # fmt: on
 
