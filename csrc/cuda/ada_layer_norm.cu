@@ -6,7 +6,7 @@
 // operations: memory decides. What has to be under way for that is about 18 KB a multiprocessor of
 // an H100 (3.35 TB/s for 0.7 us), at all times: a row's loads are issued before the sums along the
 // row before it are formed. At 1152 bf16 columns a warp takes a row, so that no barrier stands
-// between rows, and 20 warps have 46 KB under way, with a branch 16 warps 73 KB.
+// between rows, and 16 warps of 128 registers have 36 KB under way, with a branch 73 KB.
 //
 // Other rows (pieces that memory does not align, a half stream beside a branch of another dtype,
 // more columns than a block holds) are read once from memory too, and again from the cache.
@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kAnyThreads = 256;
 constexpr int kMostTile = 8;      // rows of one group of a tile
-constexpr int kWantedWarps = 48;  // of a multiprocessor, twice what it holds: tiles end in turn
+constexpr int kWantedWarps = 48;  // of a multiprocessor, thrice what it holds: tiles end in turn
 
 // Pieces of a row that a thread holds at most.
 template <typename T>

@@ -6,9 +6,10 @@
 // and keeps the sums down the columns there as well; `modulation_sums.h` adds chunks up in order. A
 // chunk's length follows from the shapes alone, so sums have the same bits on every run and device.
 //
-// At 1152 bf16 columns three warps take a row, 24 bytes a thread and tensor: 15 warps of 128
-// registers have 23 KB under way. With a branch a thread has one piece only, whose three sums and
-// four tensors take 123 registers: five warps a row, 15 a multiprocessor, 27 KB.
+// At 1152 bf16 columns three warps take a row: 12 warps of 158 registers have four rows of two
+// tensors under way, 18 KB. With a branch a thread has one piece only, whose three sums and eight
+// pieces, of this row and of the next, take 126 registers: five warps a row, three rows of four
+// tensors a multiprocessor, 28 KB.
 //
 // Other rows (pieces that memory does not align, a half stream beside a branch of another dtype,
 // more columns than a block holds) are read twice: sums along the rows of a chunk first.
