@@ -69,6 +69,17 @@ def test_modulation(modulation_backend, device, norm, shape, dtype):
     judge(our_fused(norm), eager_fused(norm), (residual, x, gate, shift, scale), grads)
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 1152), (torch.bfloat16, 2560),
+                                            (torch.float32, 1152)])  # fmt: skip
+def test_more_rows_than_a_device_holds(modulation_backend, device, only_cuda, dim, dtype):
+    """What a kernel does with one row after another: fewer rows get a program or a warp each."""
+    draw = Draw(device, dtype)
+    residual, x, *grads = (draw(72, 256, dim) for _ in range(4))
+    gate, shift, scale = vectors(draw, 72, dim)
+    judge(our_norm("layer"), eager_norm("layer"), (x, shift, scale), grads)
+    judge(our_fused("layer"), eager_fused("layer"), (residual, x, gate, shift, scale), grads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("frames", [1, 4, 100, 300])
 @pytest.mark.parametrize("dim", [96, 1152])
