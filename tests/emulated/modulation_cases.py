@@ -180,7 +180,7 @@ def cases() -> list[Case]:
         _norm("odd", (2, 11, 35), BF16, affine="wb"),
         _norm("odd-rms", (1, 3, 1), norm="rms"),
         _norm("wide", (1, 2, 8200)),
-        _norm("many-chunks", (1, 140, 8), frames=(0, 0), affine="wb"),
+        _norm("many-chunks", (1, 148, 8), frames=(0, 0), affine="wb"),
         _norm("frames", (2, 12, 16), BF16, frames=(4, 6), affine="wb"),
         _norm("tokens", (2, 5, 24), FP16, frames=(5, 0)),
         _norm("all-tokens", (2, 3, 16), BF16, frames=(3, 3)),
