@@ -3,6 +3,7 @@
 from vqkernels import native
 from vqkernels.backends import explain, use_backend
 from vqkernels.ops import (
+    DenoiseStepOutput,
     QuantizeOutput,
     ada_layer_norm,
     attention,
@@ -10,7 +11,10 @@ from vqkernels.ops import (
     attention_varlen,
     bias_gelu,
     code_statistics,
+    denoise_coefficients,
+    denoise_step,
     diffuse,
+    diffusion_loss,
     ema_update,
     gated_residual,
     gated_residual_ada_layer_norm,
@@ -31,6 +35,7 @@ native.load()
 __version__ = "0.1.0"
 
 __all__ = [
+    "DenoiseStepOutput",
     "QuantizeOutput",
     "ada_layer_norm",
     "attention",
@@ -38,7 +43,10 @@ __all__ = [
     "attention_varlen",
     "bias_gelu",
     "code_statistics",
+    "denoise_coefficients",
+    "denoise_step",
     "diffuse",
+    "diffusion_loss",
     "ema_update",
     "explain",
     "gated_residual",

@@ -6,7 +6,9 @@ from vqkernels.ops.attention_qkvpacked import attention_qkvpacked
 from vqkernels.ops.attention_varlen import attention_varlen
 from vqkernels.ops.bias_gelu import bias_gelu
 from vqkernels.ops.code_statistics import code_statistics
+from vqkernels.ops.denoise_step import DenoiseStepOutput, denoise_coefficients, denoise_step
 from vqkernels.ops.diffuse import diffuse
+from vqkernels.ops.diffusion_loss import diffusion_loss
 from vqkernels.ops.ema_update import ema_update
 from vqkernels.ops.gated_residual import gated_residual
 from vqkernels.ops.gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
@@ -20,6 +22,7 @@ from vqkernels.ops.quantize import QuantizeOutput, quantize
 from vqkernels.ops.timestep_embedding import timestep_embedding
 
 __all__ = [
+    "DenoiseStepOutput",
     "QuantizeOutput",
     "ada_layer_norm",
     "attention",
@@ -27,7 +30,10 @@ __all__ = [
     "attention_varlen",
     "bias_gelu",
     "code_statistics",
+    "denoise_coefficients",
+    "denoise_step",
     "diffuse",
+    "diffusion_loss",
     "ema_update",
     "gated_residual",
     "gated_residual_ada_layer_norm",

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _OPS = torch.library.Library("vqkernels", "DEF")
 _NATIVE = {
@@ -25,19 +26,45 @@ _NATIVE = {
 
 def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
     """Define the op `schema`, which leaves out the trailing `str backend`."""
+    kernel = _kernels_of(schema, reference)
+    return define_as(schema, lambda *args: kernel(args[-1])(*args[:-1]))
+
+
+def define_writing(
+    schema: str, reference: Callable[..., Any]
+) -> tuple[torch._ops.OpOverload, Callable[[str], Callable[..., Any]]]:
+    """As `define`, for an op that can also write its results into given tensors, without autograd.
+
+    Returns the op and, by backend, its kernel, which takes a list of those tensors behind the
+    schema's arguments; an empty one asks for new ones.
+    """
+    arguments, results = schema.rsplit(") -> ", 1)
+
+    def write(*args: Any) -> Any:
+        *inputs, out = args
+        found = reference(*inputs)
+        results = (found,) if isinstance(found, Tensor) else found
+        for tensor, result in zip(out, results, strict=False):
+            tensor.copy_(result)
+        return found
+
+    kernel = _kernels_of(f"{arguments}, Tensor[] out) -> {results}", write)
+    return define_as(schema, lambda *args: kernel(args[-1])(*args[:-1], [])), kernel
+
+
+def _kernels_of(schema: str, reference: Callable[..., Any]) -> Callable[[str], Callable[..., Any]]:
     name = schema[: schema.index("(")]
     kernels: dict[str, Callable[..., Any]] = {"reference": reference}
     for device, library in _NATIVE.items():
         library.define(schema)
         kernels[device] = getattr(getattr(torch.ops, f"vqkernels_{device}"), name).default
 
-    def run(*args: Any) -> Any:
-        backend = args[-1]
+    def kernel(backend: str) -> Callable[..., Any]:
         if backend == "triton" and backend not in kernels:
             kernels[backend] = getattr(importlib.import_module("vqkernels.triton"), name)
-        return kernels[backend](*args[:-1])
+        return kernels[backend]
 
-    return define_as(schema, run)
+    return kernel
 
 
 def define_as(schema: str, run: Callable[..., Any]) -> torch._ops.OpOverload:

@@ -20,7 +20,7 @@ from vqkernels.backends import pass_over, select, why_not
 from vqkernels.ops._checks import check_floating, check_same_device
 from vqkernels.ops._library import define, differentiable, fake, not_differentiable
 from vqkernels.ops._modulation import NO_DOUBLE_BACKWARD
-from vqkernels.ops.normal_noise import as_word
+from vqkernels.ops._noise import as_word
 from vqkernels.reference import attention as reference
 
 # `attn_mask` is expanded to `[B, H, N, M]`. Also returns the softmax's logarithm `[B, H, N]`.

@@ -9,18 +9,121 @@
 | "v"       | alpha * noise - sigma * x0 | v-prediction, arXiv:2202.00512                |
 | "flow"    | noise - x0                 | rectified flow's velocity, d x_t / d t where  |
 |           |                            | alpha = 1 - t and sigma = t, arXiv:2209.03003 |
+
+Noise given by a seed is drawn in passing and drawn again for a gradient: it is never stored.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from vqkernels.backends import select
-from vqkernels.ops._checks import check_choice, check_floating, check_same_device
-from vqkernels.ops.normal_noise import normal_noise
+from vqkernels.ops._checks import check_choice, check_floating
+from vqkernels.ops._library import (
+    define_as,
+    define_writing,
+    differentiable,
+    fake,
+    not_differentiable,
+)
+from vqkernels.ops._noise import (
+    at_levels,
+    check_noise,
+    check_out,
+    check_samples,
+    noise_key,
+    same_levels,
+    write_into,
+)
+from vqkernels.ops.normal_noise import _normal_noise
 from vqkernels.reference import diffuse as reference
 
 TARGETS = ("epsilon", "sample", "v", "flow")
+
+_ARGUMENTS = (
+    "Tensor x0, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? key, Tensor? sample_ids,"
+    " str target"
+)
+_diffuse, _kernels = define_writing(f"diffuse({_ARGUMENTS}) -> (Tensor, Tensor)", reference.diffuse)
+
+
+@fake(_diffuse)
+def _(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    key: Tensor | None,
+    sample_ids: Tensor | None,
+    target: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return x0.new_empty(x0.shape), x0.new_empty(x0.shape)
+
+
+def _run_backward(
+    grad_x_t: Tensor,
+    grad_target: Tensor,
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    key: Tensor | None,
+    sample_ids: Tensor | None,
+    target: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    z = noise
+    if z is None:
+        z = _normal_noise(x0.shape, key, sample_ids, torch.float32, backend)
+    grads = reference.diffuse_backward(
+        grad_x_t, grad_target, x0, alpha, sigma, z, None, None, target
+    )
+    return *grads[:3], grads[3] if noise is not None else x0.new_empty(0)
+
+
+_diffuse_backward = define_as(
+    f"diffuse_backward(Tensor grad_x_t, Tensor grad_target, {_ARGUMENTS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+)
+
+
+@fake(_diffuse_backward)
+def _(
+    grad_x_t: Tensor,
+    grad_target: Tensor,
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    noise: Tensor | None,
+    key: Tensor | None,
+    sample_ids: Tensor | None,
+    target: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    of_noise = x0.new_empty(0) if noise is None else noise.new_empty(noise.shape)
+    return x0.new_empty(x0.shape), torch.empty_like(alpha), torch.empty_like(sigma), of_noise
+
+
+not_differentiable(_diffuse_backward, "a second derivative is not implemented")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.target, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_x_t: Tensor, grad_target: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    grads = _diffuse_backward(grad_x_t, grad_target, *tensors, ctx.target, ctx.backend)
+    return *grads[:3], None if tensors[3] is None else grads[3], None, None, None, None
+
+
+differentiable(_diffuse, _backward, _save)
 
 
 def diffuse(
@@ -31,45 +134,51 @@ def diffuse(
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     sample_ids: Tensor | None = None,
+    step: int | Tensor = 0,
+    stream: int | Tensor = 0,
     target: str = "epsilon",
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`(x_t, target)` for a batch of samples, each at its own noise level.
+    """`(x_t, target)` for a batch of samples, each (or each token) at its own noise level.
 
     Args:
         x0: data `[B, ...]`, floating point.
-        alpha, sigma: `[B]`, the weights of data and noise.
+        alpha, sigma: the weights of data and noise, `[B]`; or the first dimensions of x0's shape,
+            such as `[B, N]` for tokens `[B, N, D]`, with ones where they do not vary. Kept in fp32.
         noise: x0's shape; give this or `seed`.
-        seed: draws the noise as `normal_noise(x0.shape, seed=seed, sample_ids=sample_ids)`.
-        sample_ids: int64 `[B]`, goes with `seed`.
+        seed, sample_ids, step, stream: draw the noise as `normal_noise(x0.shape, ...)` does.
         target: "epsilon", "sample", "v" or "flow".
+        out: two contiguous tensors of x0's shape and dtype to write instead of new ones; there is
+            no gradient then.
 
     Returns:
-        Two tensors of x0's shape and dtype, computed in fp32.
+        Two tensors of x0's shape and dtype, computed in fp32. Gradients go to x0, alpha, sigma and
+        a given noise.
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: a shape, device or `target` that does not fit; neither or both of `noise` and
             `seed`.
     """
-    check_floating("x0", x0)
-    if x0.dim() == 0:
-        raise ValueError("x0 must be [B, ...], got a scalar")
-    for name, level in (("alpha", alpha), ("sigma", sigma)):
-        check_floating(name, level)
-        check_same_device(name, level, "x0", x0)
-        if level.shape != x0.shape[:1]:
-            raise ValueError(f"{name} must be [{x0.shape[0]}], got shape {list(level.shape)}")
+    check_samples("x0", x0)
+    levels = [as_level(name, value, x0) for name, value in (("alpha", alpha), ("sigma", sigma))]
+    weights = same_levels(x0, *levels)
     check_choice("target", target, TARGETS)
-    if (noise is None) == (seed is None):
-        raise ValueError(f"give noise or seed, got {'neither' if noise is None else 'both'}")
-    if noise is None:
-        assert seed is not None
-        noise = normal_noise(x0.shape, seed=seed, sample_ids=sample_ids, device=x0.device)
-    elif sample_ids is not None:
-        raise ValueError("sample_ids goes with seed, got noise")
-    check_floating("noise", noise)
-    check_same_device("noise", noise, "x0", x0)
-    if noise.shape != x0.shape:
-        raise ValueError(f"noise must have x0's shape {list(x0.shape)}, got {list(noise.shape)}")
-    select("diffuse", x0, noise)
-    return reference.diffuse(x0, alpha, sigma, noise=noise, target=target)
+    check_noise("x0", x0, noise, seed, sample_ids)
+    key = None if seed is None else noise_key(seed, step, stream, x0.device)
+    backend = select("diffuse", x0, noise)
+    arguments = (x0, *weights, noise, key, sample_ids, target)
+    if out is not None:
+        for name, tensor in zip(("out[0]", "out[1]"), out, strict=True):
+            check_out(name, tensor, x0.shape, x0.dtype)
+        write_into(_kernels(backend), arguments, list(out))
+        return out
+    x_t, wanted = _diffuse(*arguments, backend)
+    return x_t, wanted
+
+
+def as_level(name: str, value: Tensor, x0: Tensor) -> Tensor:
+    """A floating-point level, in fp32 or float64."""
+    check_floating(name, value)
+    at = at_levels(name, value, "x0", x0)
+    return at.to(torch.promote_types(x0.dtype, torch.float32))

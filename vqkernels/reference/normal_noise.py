@@ -7,6 +7,7 @@ doi:10.1145/2063384.2063405.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,23 +18,36 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def normal_noise(
-    shape: tuple[int, ...],
-    *,
-    seed: Tensor,
-    sample_ids: Tensor,
-    step: Tensor,
-    stream: Tensor,
-    dtype: torch.dtype,
+    shape: Sequence[int], key: Tensor, sample_ids: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`seed`, `step` and `stream` are int64 scalars, `sample_ids` int64 `[B]`."""
+    """`key` is int64 `[3]`: seed, step, stream; `sample_ids` int64 `[B]` or None for 0..B-1."""
     batch, elements = shape[0], math.prod(shape[1:])
-    quads = torch.arange((elements + 3) // 4, device=sample_ids.device)
-    counter = torch.broadcast_tensors(quads, sample_ids[:, None], step, stream)  # 4 of [B, E / 4]
-    words = philox4x32(counter, (seed, seed >> 32))
-    a, b = _box_muller(words[0], words[1])
-    c, d = _box_muller(words[2], words[3])
-    normals = torch.stack([a, b, c, d], dim=-1).flatten(1)[:, :elements]
-    return normals.reshape(batch, *shape[1:]).float().to(dtype)
+    quads = torch.arange((elements + 3) // 4, device=key.device)
+    normals = _four_normals(quads, _ids(sample_ids, batch, key)[:, None], key[1], key)
+    return normals.flatten(1)[:, :elements].reshape(shape).float().to(dtype)
+
+
+def normals_of_steps(
+    shape: Sequence[int], key: Tensor, sample_ids: Tensor | None, steps: Tensor
+) -> Tensor:
+    """As `normal_noise`, in fp32, where `steps` broadcasts to `shape`: each element has its own."""
+    batch, elements = shape[0], math.prod(shape[1:])
+    element = torch.arange(elements, device=key.device).expand(batch, elements)
+    ids = _ids(sample_ids, batch, key)[:, None]
+    each = steps.expand(shape).reshape(batch, elements)
+    normals = _four_normals(element // 4, ids, each, key)  # [B, E, 4]
+    return normals.gather(2, element[..., None] % 4).reshape(shape).float()
+
+
+def _ids(sample_ids: Tensor | None, batch: int, key: Tensor) -> Tensor:
+    return torch.arange(batch, device=key.device) if sample_ids is None else sample_ids
+
+
+def _four_normals(quads: Tensor, ids: Tensor, step: Tensor, key: Tensor) -> Tensor:
+    """Float64 `[..., 4]`, the normals of each counter."""
+    counter = torch.broadcast_tensors(quads, ids, step, key[2])
+    words = philox4x32(counter, (key[0], key[0] >> 32))
+    return torch.stack(_box_muller(*words[:2]) + _box_muller(*words[2:]), dim=-1)
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
