@@ -333,6 +333,32 @@ def test_guidance_in_the_step() -> None:
         run(DPMSolverMultistepScheduler(numerics="diffusers"), 2, uncond_output=x)
 
 
+@pytest.mark.parametrize("begin", [0, 3])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"solver_order": 3},
+        {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"},
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "thresholding": True},
+    ],
+    ids=str,
+)
+def test_rows_on_the_device(config: dict[str, Any], begin: int) -> None:
+    """Driven by row numbers that are tensors, as a loop of ops does: the same steps."""
+    pair = [DPMSolverMultistepScheduler(**config) for _ in range(2)]
+    for each in pair:
+        each.set_timesteps(8)
+        each.set_begin_index(begin)
+    x = y = start()
+    key = {"seed": 5} if "sde" in config.get("algorithm_type", "") else {}
+    for row in range(begin, 8):
+        t = pair[0].timesteps[row]
+        x, prediction = pair[0]._advance(x, model(x, t), torch.tensor(row), **key)
+        y = pair[1].step(model(y, t), t, y, **key).prev_sample
+        assert torch.equal(x, y)
+        assert prediction is not None
+
+
 def test_coefficients_drive_the_op() -> None:
     """The table is public: `denoise_step` with it is the scheduler."""
     from vqkernels import denoise_step

@@ -274,6 +274,23 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     assert torch.equal(results[1], results[0][1:2])
 
 
+@pytest.mark.parametrize("begin", [0, 3])
+def test_rows_on_the_device(begin: int) -> None:
+    """Driven by row numbers that are tensors, as a loop of ops does: the same steps."""
+    scheduler, stepped = UniPCMultistepScheduler(), UniPCMultistepScheduler()
+    for each in (scheduler, stepped):
+        each.set_timesteps(8)
+        each.set_begin_index(begin)
+    x = y = start()
+    for row in range(begin, 8):
+        t = scheduler.timesteps[row]
+        x, prediction = scheduler._advance(x, model(x, t), torch.tensor(row))
+        y = stepped.step(model(y, t), t, y).prev_sample
+        assert torch.equal(x, y)
+        assert prediction is not None
+        assert torch.equal(prediction, stepped.model_outputs[-1])
+
+
 def test_a_second_loop_starts_anew() -> None:
     scheduler = UniPCMultistepScheduler()
     first = run(scheduler, 6)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -53,12 +54,11 @@ def denoise_step(
         if variance is not None:
             z = z * _deviation(variance.to(wide), log_min, log_max, variance_type)
         before = before + _term(columns[12], z)
-    nothing = sample.new_empty(0)
     extra = _sum(columns[15:], operands)
     return (
         before.to(sample.dtype),
-        prediction.to(sample.dtype) if want_prediction else nothing,
-        extra.to(sample.dtype) if want_extra else nothing,
+        prediction.to(sample.dtype) if want_prediction else sample.new_empty(0),
+        extra.to(sample.dtype) if want_extra else sample.new_empty(0),
     )
 
 
@@ -84,14 +84,15 @@ def _guided(output: Tensor, uncond: Tensor, guidance: Tensor, rescale: Tensor) -
 
 def _dynamic(prediction: Tensor, clip: Tensor, ratio: float) -> Tensor:
     """Saharia et al. 2022, arXiv:2205.11487, section 2.3."""
-    sizes = prediction.abs().flatten(1)  # [B, E]
-    if sizes.numel() == 0:
+    if prediction.numel() == 0:
         return prediction
+    sizes = prediction.abs().reshape(len(prediction), -1)  # [B, E]
     ranked = sizes.sort(dim=1).values  # torch.quantile stops at 2^24 elements
-    at = ratio * (sizes.shape[1] - 1)
-    below = min(int(at), sizes.shape[1] - 1)
-    above = min(below + 1, sizes.shape[1] - 1)
-    quantile = torch.lerp(ranked[:, below], ranked[:, above], at - below)
+    last = sizes.shape[1] - 1
+    at = ratio * last
+    below, above = int(at), math.ceil(at)
+    low, high = ranked[:, below], ranked[:, above]
+    quantile = torch.where(high == low, low, low + (high - low) * (at - below))
     quantile = torch.where(ranked[:, -1].isnan(), ranked[:, -1], quantile)
     s = by_element(quantile, prediction)  # [B, 1, ...]
     s = torch.minimum(s.clamp(min=1), clip)
