@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import diffusers
 import pytest
 import torch
-from _peers import BOUND, NoReads, distance, generator, loop, start, toy_model
+from _helpers.precision import assert_as_good_as_eager
+from _peers import (
+    BOUND,
+    NoReads,
+    distance,
+    float64_for_float32,
+    generator,
+    loop,
+    start,
+    toy_model,
+)
 from torch import Tensor
 
 from vqkernels import schedulers
@@ -143,6 +155,13 @@ def test_bad_schedules_and_steps(name: str) -> None:
         scheduler.step(x[:, :2], t, x)
 
 
+def test_reads_are_noticed() -> None:
+    x = torch.ones(())
+    for read in (x.item, lambda: bool(x > 0), lambda: torch.tensor(3.0), x.double):
+        with NoReads(), pytest.raises(AssertionError, match="in a step"):
+            read()
+
+
 @every_class
 def test_steps_do_not_read_tensors(name: str) -> None:
     """Neither with the schedule's own timesteps nor, given a place to begin, with copies."""
@@ -179,6 +198,79 @@ def test_an_element_of_timesteps_tells_its_row() -> None:
         assert torch.equal(found, scheduler.step(x, int(t), x).prev_sample)
         assert torch.equal(found, scheduler.step(x, t.clone(), x).prev_sample)
         assert scheduler.step_index == row + 1
+
+
+@every_class
+def test_low_precision_is_rounded_once(name: str) -> None:
+    """A step in half precision is the float32 step, rounded; a float32 state takes half-precision
+    outputs."""
+    scheduler = getattr(schedulers, name)(prediction_type="v_prediction")
+    options = {} if name == "DDIMInverseScheduler" else {"seed": 3}
+
+    def step(output: Tensor, x: Tensor) -> Any:
+        scheduler.set_timesteps(5)
+        return scheduler.step(output, scheduler.timesteps[1], x, **options)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        x = start().to(dtype)
+        output = toy_model(x, 600)
+        wide = step(output.float(), x.float())
+        for mine, true in zip(step(output, x).to_tuple(), wide.to_tuple(), strict=True):
+            assert mine.dtype == dtype
+            assert torch.equal(mine, true.to(dtype))
+        assert torch.equal(step(output, x.float())[0], wide[0])
+
+
+@every_class
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_loops(name: str, dtype: torch.dtype) -> None:
+    """As near to float64 as diffusers is in that dtype; its very bits under numerics="diffusers",
+    whatever the dtypes of state and output."""
+    arguments = {"prediction_type": "v_prediction", "clip_sample": True}
+    options = {} if name == "DDIMInverseScheduler" else {"generator": None}
+
+    def run(package: Any, x: Tensor, model: Any = toy_model, **more: Any) -> Tensor:
+        scheduler = getattr(package, name)(**arguments, **more)
+        scheduler.set_timesteps(6)
+        if options:
+            options["generator"] = generator()
+        return loop(scheduler, x, model, **options)
+
+    def half(x: Tensor, t: Tensor) -> Tensor:
+        return toy_model(x.to(dtype), t)
+
+    x = start().to(dtype)
+    theirs = run(diffusers, x)
+    as_theirs = run(schedulers, x, numerics="diffusers")
+    assert as_theirs.dtype == theirs.dtype == dtype
+    assert torch.equal(as_theirs, theirs)
+    mixed = run(schedulers, x.float(), half, numerics="diffusers")
+    assert torch.equal(mixed, run(diffusers, x.float(), half))
+
+    if name in ("DDPMScheduler", "LCMScheduler"):  # half-precision normals are other numbers
+        return
+    with float64_for_float32():
+        exact = run(diffusers, x.double())
+    assert_as_good_as_eager(run(schedulers, x), theirs, exact)
+
+
+def test_steps_compile() -> None:
+    """Into one graph, where nothing has to be read: with a place to begin, or numbers for t."""
+    scheduler, x = DDIMScheduler(), start()
+    scheduler.set_timesteps(3)
+    expected = loop(scheduler, x, lambda x, t: x.tanh())
+
+    @torch.compile(fullgraph=True)
+    def step(x: Tensor, t: Tensor | int) -> Tensor:
+        return scheduler.step(x.tanh(), t, x).prev_sample
+
+    for timesteps in (scheduler.timesteps, scheduler.timesteps.tolist()):
+        scheduler.set_timesteps(3)
+        scheduler.set_begin_index(0)
+        found = x
+        for t in timesteps:
+            found = step(found, t)
+        assert distance(found, expected) < BOUND
 
 
 @every_class

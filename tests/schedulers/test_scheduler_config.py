@@ -15,13 +15,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 
 from vqkernels import schedulers
 
 NAMES = [name for name in schedulers.__all__ if name.endswith("Scheduler")]
-# One argument of each class that differs from its default.
-CHANGED: dict[str, dict[str, Any]] = {
-    name: {"num_train_timesteps": 500, "prediction_type": "v_prediction"} for name in NAMES
+_CHANGES = {"num_train_timesteps": 500, "prediction_type": "v_prediction"}
+CHANGED: dict[str, dict[str, Any]] = {  # arguments that differ from the defaults
+    name: {
+        argument: value
+        for argument, value in _CHANGES.items()
+        if argument in inspect.signature(getattr(schedulers, name).__init__).parameters
+    }
+    for name in NAMES
 }
 CHANGED["FlowMatchEulerDiscreteScheduler"] = {"num_train_timesteps": 500, "invert_sigmas": True}
 CHANGED["FlowMatchHeunDiscreteScheduler"] = {"num_train_timesteps": 500, "shift": 3.0}
@@ -42,7 +48,11 @@ def test_arguments_are_those_of_diffusers(name: str) -> None:
 
     def arguments(function: Any) -> list[tuple[str, Any]]:
         parameters = inspect.signature(function).parameters.values()
-        return [(p.name, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD]
+        return [
+            (p.name, () if p.default == [] else p.default)  # no list that calls would share
+            for p in parameters
+            if p.kind is not p.VAR_KEYWORD
+        ]
 
     for method in ("__init__", "set_timesteps", "step", "add_noise", "get_velocity"):
         if not hasattr(theirs, method):
@@ -143,6 +153,19 @@ def test_overrides_and_unused_arguments() -> None:
         ours.from_pretrained("a/directory")
     with pytest.raises(ValueError, match="push_to_hub"):
         scheduler.save_pretrained("unused", push_to_hub=True)
+
+
+def test_pipelines_replace_the_config() -> None:
+    """As those of Stable Diffusion do with old configs: the next schedule goes by the new one."""
+    x = torch.linspace(-3, 3, 24).reshape(2, 3, 4)
+    results = []
+    for scheduler in (schedulers.DDIMScheduler(), diffusers.DDIMScheduler()):
+        corrected = {**scheduler.config, "clip_sample": False, "steps_offset": 1}
+        scheduler._internal_dict = FrozenDict(corrected)
+        scheduler.set_timesteps(4)
+        results.append(scheduler.step(x, 751, x.sin()).prev_sample)
+    assert results[0].abs().max() > 1.1
+    assert torch.allclose(results[0], results[1], rtol=1e-5)
 
 
 def test_trained_betas_are_written(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ class BetaScheduler(Scheduler):
     _alphas_cumprod: Tensor  # float64
     _levels: Tensor  # [2, T] float64: alpha and sigma of x_t = alpha x_0 + sigma z
     _predictions: tuple[str, ...] = DISCRETE_PREDICTIONS
+    _bounds_predictions = False  # whether the class called _set_threshold
 
     def _set_betas(self) -> None:
         """From the config's beta_start, beta_end, beta_schedule, trained_betas, ..."""
@@ -64,10 +65,15 @@ class BetaScheduler(Scheduler):
     def _set_threshold(self) -> None:
         """From the config's clip_sample, thresholding, ...: clipping is a column of the table."""
         config = self.config
+        self._bounds_predictions = True
+        self._threshold = "clip" if config.clip_sample else "none"
         if config.get("thresholding"):
             self._threshold, self._ratio = "dynamic", config.dynamic_thresholding_ratio
-        elif config.clip_sample:
-            self._threshold = "clip"
+
+    def _lay_out(self, timesteps: Tensor, device: torch.device | str | None = None) -> None:
+        if self._bounds_predictions:  # pipelines may have replaced the config
+            self._set_threshold()
+        super()._lay_out(timesteps, device)
 
     def _clip(self) -> float:
         config = self.config

@@ -63,10 +63,7 @@ class Scheduler(Configured):
     _table: Tensor | None = None  # [T, 22] of `denoise_step`, float32
     _defaults: ClassVar[dict[str, Any]] = {}  # arguments of `step` that the table depends on
     _options: dict[str, Any] | None = None  # their values in the present table
-    _guidance: tuple[float | Tensor, float | Tensor] = (
-        1.0,
-        0.0,
-    )  # guidance_scale and guidance_rescale in the table
+    _guidance: tuple[float | Tensor, float | Tensor] = (1.0, 0.0)  # in the table's columns 0 and 1
     _rows: Tensor  # arange(T) beside the table: its views are row indices
     _values: list[float]  # `timesteps` on the host
     _rows_of: dict[float, list[int]]  # where in `timesteps` a value is
@@ -161,6 +158,8 @@ class Scheduler(Configured):
             raise ValueError(f"timestep must be one value, got shape {list(timestep.shape)}")
         mine = self.timesteps
         if timestep.dtype != mine.dtype or timestep.device != mine.device:
+            return None
+        if torch.compiler.is_compiling():  # traced tensors lie nowhere
             return None
         if timestep.untyped_storage().data_ptr() != mine.untyped_storage().data_ptr():
             return None
@@ -270,14 +269,19 @@ class Scheduler(Configured):
         self._move(sample.device)
         table = self._tabulate()
         row = self._rows[index] if isinstance(index, int) else index
-        if uncond_output is not None:
+        guidance = (guidance_scale, guidance_rescale)
+        a_sample = any(isinstance(value, Tensor) for value in guidance)
+        if uncond_output is None:
+            if a_sample or guidance != (1.0, 0.0):
+                raise ValueError("guidance_scale and guidance_rescale need uncond_output, got None")
+        else:
             operands["uncond_output"] = uncond_output
-            guidance = (guidance_scale, guidance_rescale)
-            if any(isinstance(value, Tensor) for value in guidance):
+            if a_sample:
                 table = _rows_guided(table, row, guidance, len(sample))
                 if seed is not None:
-                    noise, seed = self._keyed(sample, row, seed, sample_ids), None
-                    sample_ids = None
+                    # The op would take the sample's row of this table for the step.
+                    noise = self._keyed(sample, row, seed, sample_ids, torch.float32)
+                    seed = sample_ids = None
                 row = torch.arange(len(table), device=sample.device)
             elif guidance != self._guidance:
                 table[:, 0], table[:, 1] = guidance
