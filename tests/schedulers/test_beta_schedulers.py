@@ -144,6 +144,8 @@ def test_bad_schedules_and_steps(name: str) -> None:
             make(timestep_spacing="even").set_timesteps(5)
         with pytest.raises(ValueError, match=r"steps_offset must leave .*, got 300"):
             make(steps_offset=300).set_timesteps(5)
+        with pytest.raises(ValueError, match=r"steps_offset must leave .*, got -1, .* 799 to -1"):
+            make(steps_offset=-1).set_timesteps(5)
     scheduler.set_timesteps(5)
     for t in (12345, torch.tensor(12345), -1):
         with pytest.raises(ValueError, match=r"timestep must be one of the 5 of the schedule"):

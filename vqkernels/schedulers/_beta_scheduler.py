@@ -92,11 +92,12 @@ class BetaScheduler(Scheduler):
             config.steps_offset,
             extra_timestep="trailing_extra_timestep" in self.compat,
         )
-        if timesteps[0] >= config.num_train_timesteps:
+        outside = timesteps[0] >= config.num_train_timesteps or timesteps[-1] < 0
+        if outside and config.timestep_spacing == "leading":
             raise ValueError(
-                f"steps_offset must leave timesteps below num_train_timesteps = "
-                f"{config.num_train_timesteps}, got {config.steps_offset}, which gives the "
-                f"timestep {timesteps[0]:g}"
+                f"steps_offset must leave timesteps in [0, num_train_timesteps = "
+                f"{config.num_train_timesteps}), got {config.steps_offset}, which gives "
+                f"{timesteps[0]:g} to {timesteps[-1]:g}"
             )
         return timesteps.round().astype(np.int64)
 
