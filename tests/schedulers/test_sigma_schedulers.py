@@ -349,6 +349,23 @@ def test_churn_that_cannot_be(name: str) -> None:
             scheduler.step(x, scheduler.timesteps[0], x, s_churn=churn)
 
 
+@pytest.mark.parametrize("name", CHURNED)
+def test_sampling_forgets_the_churn_of_earlier_steps(name: str) -> None:
+    scheduler, x = ours(name, {}, num_inference_steps=5), start()
+
+    def drawn() -> Tensor:
+        return schedulers.sample(toy_model_of_batches, scheduler, x.shape, seed=3)
+
+    expected = drawn()
+    scheduler.set_timesteps(5)
+    scheduler.step(x, scheduler.timesteps[0], x, s_churn=4.0, seed=1)
+    assert torch.equal(drawn(), expected)
+
+
+def toy_model_of_batches(x: Tensor, t: Tensor) -> Tensor:
+    return toy_model(x, t[0])
+
+
 @every_class
 def test_outputs(name: str) -> None:
     scheduler, x = ours(name, {}, num_inference_steps=5), start()

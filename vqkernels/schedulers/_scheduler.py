@@ -204,6 +204,8 @@ class Scheduler(Configured):
         """Forget the steps of an earlier loop over the same timesteps."""
         self._check_laid_out()
         self.restore_memory(self._fresh)
+        if self.numerics == "exact":
+            self._tabulate(**self._defaults)  # not what the last `step` asked for
         self._step_index = None
         self.set_begin_index(0)
 
