@@ -21,7 +21,7 @@ def make(name: str, device: str) -> Any:
     noisy = name == "FlowMatchEulerDiscreteScheduler"
     scheduler = getattr(schedulers, name)(**({"stochastic_sampling": True} if noisy else {}))
     scheduler.set_timesteps(6, device=device)
-    scheduler.set_begin_index(0)
+    scheduler.begin_loop()
     return scheduler
 
 
@@ -31,7 +31,7 @@ def loop(scheduler: Any, x: Tensor, seed: Tensor) -> Tensor:
         output = torch.tanh(
             0.9 * scheduler.scale_model_input(x, t) + 0.2 * x.roll(1, -1) + t / 1000
         )
-        x, _ = scheduler._advance(x, output, row, seed=seed)
+        x = scheduler.next_sample(x, output, row, seed=seed)
     return x
 
 

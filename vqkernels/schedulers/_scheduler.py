@@ -203,11 +203,10 @@ class Scheduler(Configured):
     def begin_loop(self) -> None:
         """Forget the steps of an earlier loop over the same timesteps."""
         self._check_laid_out()
-        self.restore_memory(self._fresh)
         if self.numerics == "exact":
             self._tabulate(**self._defaults)  # not what the last `step` asked for
-        self._step_index = None
         self.set_begin_index(0)
+        self.resume_loop(0, self._fresh)
 
     def next_sample(
         self, sample: Tensor, model_output: Tensor, row: int, **operands: Any
@@ -227,14 +226,16 @@ class Scheduler(Configured):
             raise ValueError(f"next_sample needs numerics='exact', got {self.numerics!r}")
         self._check_laid_out()
         row = self._inside(row)
-        return self._advance(sample, model_output, row, want_prediction=False, **operands)[0]
+        previous, _ = self._advance(sample, model_output, row, want_prediction=False, **operands)
+        self._step_index = row + 1
+        return previous
 
     def memory(self) -> dict[str, Any]:
         """What steps so far leave to the next one, by attribute; tensors are not copied."""
         return {name: getattr(self, name) for name in self._remembered}
 
-    def restore_memory(self, memory: dict[str, Any]) -> None:
-        """Go on from what `memory` gave, at any time or in another process.
+    def resume_loop(self, row: int, memory: dict[str, Any]) -> None:
+        """Go on at a row with what `memory` gave there, at any time or in another process.
 
         Raises:
             ValueError: the memory of another kind of scheduler.
@@ -243,6 +244,7 @@ class Scheduler(Configured):
             raise ValueError(f"memory must hold {sorted(self._remembered)}, got {sorted(memory)}")
         for name, value in memory.items():
             setattr(self, name, value)
+        self._step_index = row
 
     # A step.
 

@@ -108,7 +108,7 @@ def sample(
                 f"state must have a sample {list(shape)} and a step of 0 to {calls}, "
                 f"got {list(x.shape)} and {begin}"
             )
-        scheduler.restore_memory(state.memory)
+        scheduler.resume_loop(begin, state.memory)
 
     times = scheduler.timesteps.tolist() if guidance_interval is not None else []
     batched = shape[:1]
