@@ -349,6 +349,23 @@ def test_churn_that_cannot_be(name: str) -> None:
             scheduler.step(x, scheduler.timesteps[0], x, s_churn=churn)
 
 
+@pytest.mark.parametrize("name", [EXPLODING[0], "HeunDiscreteScheduler", FLOWS[0]])
+def test_steps_compile(name: str) -> None:
+    """A whole step, model input and model included, into one graph."""
+    scheduler, x = ours(name, {}, num_inference_steps=2), start()
+    expected = loop(scheduler, x, lambda x, t: x.tanh())
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        return scheduler.step(scheduler.scale_model_input(x, t).tanh(), t, x).prev_sample
+
+    scheduler.set_timesteps(2)
+    scheduler.set_begin_index(0)
+    for t in scheduler.timesteps:
+        x = step(x, t)
+    assert distance(x, expected) < BOUND
+
+
 @pytest.mark.parametrize("name", CHURNED)
 def test_sampling_forgets_the_churn_of_earlier_steps(name: str) -> None:
     scheduler, x = ours(name, {}, num_inference_steps=5), start()
