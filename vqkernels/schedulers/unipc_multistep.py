@@ -55,6 +55,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
     """
 
     _compatibles = KARRAS_SCHEDULERS
+    _remembered = (*MultistepScheduler._remembered, "last_sample")
     last_sample: Tensor | None
 
     @configured
