@@ -203,6 +203,8 @@ class Scheduler(Configured):
     def begin_loop(self) -> None:
         """Forget the steps of an earlier loop over the same timesteps."""
         self._check_laid_out()
+        if self.numerics == "exact":
+            self._tabulate(**self._defaults)  # not what the last `step` asked for
         self.set_begin_index(0)
         self.resume_loop(0, self._fresh)
 
