@@ -101,6 +101,16 @@ def test_dit_pipeline_on_levels(
     assert_same_pictures(pipe, name, class_labels=[207, 360])
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_dit_pipeline_multistep(
+    transformer_and_vae: tuple[Any, Any], name: str, order: int
+) -> None:
+    scheduler = getattr(diffusers, name)(solver_order=order)
+    pipe = diffusers.DiTPipeline(*transformer_and_vae, scheduler)
+    assert_same_pictures(pipe, name, class_labels=[207, 360])
+
+
 def test_a_pipeline_built_with_ours(transformer_and_vae: tuple[Any, Any]) -> None:
     expected = pictures(
         diffusers.DiTPipeline(*transformer_and_vae, diffusers.DDIMScheduler()), class_labels=[1]
