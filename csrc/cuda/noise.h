@@ -28,6 +28,14 @@ struct Noise {
   const int64_t* sample_ids = nullptr;  // `[B]`, or 0 to B - 1
 };
 
+struct NormalNoise {
+  NoiseGrid grid;
+  Samples out;
+  Noise noise;  // a key
+};
+
+void normal_noise(const NormalNoise& problem, const Context& context);
+
 enum class Target : int32_t { epsilon = 0, sample = 1, v = 2, flow = 3 };
 
 //   x_t = alpha * x0 + sigma * noise

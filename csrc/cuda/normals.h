@@ -1,6 +1,6 @@
 // Normal noise keyed by seed, sample, step, stream and element: Box-Muller on the words of
 // common/philox.h. Every operation is one of IEEE 754, so that a GPU and the emulation give the
-// same bits; they are within 1.5e-6 of the exact transform.
+// same bits; they are within 1e-6 of the exact transform.
 #pragma once
 
 #include "../common/philox.h"

@@ -37,6 +37,18 @@ EMULATION_EXPORT void emulated_box_muller(const uint32_t* words, int64_t pairs, 
   }
 }
 
+EMULATION_EXPORT const char* emulated_normal_noise(const int64_t* device, const int64_t* sizes,
+                                                   const int64_t* const* samples,
+                                                   const int64_t* key, const int64_t* sample_ids) {
+  return cuda::run(device, [&](const cuda::Context& context) {
+    cuda::NormalNoise problem;
+    problem.grid = {sizes[0], sizes[1], sizes[2]};
+    problem.out = cuda::samples_from(samples[0]);
+    problem.noise = {{}, key, sample_ids};
+    cuda::normal_noise(problem, context);
+  });
+}
+
 // `samples`: x0, x_t, target, noise.
 EMULATION_EXPORT const char* emulated_diffuse(const int64_t* device, const int64_t* sizes,
                                               const int64_t* const* samples, const float* alpha,

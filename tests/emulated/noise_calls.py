@@ -15,6 +15,25 @@ THRESHOLDS = ("none", "clip", "dynamic")
 VARIANCE_TYPES = ("learned_range", "learned")
 
 
+def normal_noise(
+    calls: CudaCalls,
+    shape: Sequence[int],
+    key: Tensor,
+    sample_ids: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    out = torch.full(tuple(shape), 7.0, dtype=dtype)
+    calls.declare_all(_present(key, sample_ids), [out])
+    calls.run(
+        calls.library.emulated_normal_noise,
+        _sizes(out, 1),
+        _samples([out]),
+        pointer(key),
+        pointer(sample_ids),
+    )
+    return out
+
+
 def diffuse(
     calls: CudaCalls,
     x0: Tensor,

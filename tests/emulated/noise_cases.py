@@ -14,6 +14,7 @@ from torch import Tensor
 from vqkernels.ops.denoise_step import denoise_coefficients
 from vqkernels.reference import denoise_step as denoise_reference
 from vqkernels.reference import diffuse as diffuse_reference
+from vqkernels.reference import normal_noise as normal_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEY = torch.tensor([-(2**40) - 7, 5, 2**33 + 1])
@@ -169,6 +170,21 @@ def rescaled(table: Tensor = TABLE) -> Tensor:
     return table
 
 
+def check_normals(calls: CudaCalls, shape: tuple[int, ...], sample_ids: Tensor | None) -> None:
+    """As the reference draws them, in each dtype."""
+    exact = normal_reference.normal_noise(shape, KEY, sample_ids, torch.float64)
+    for dtype in (FP32, FP16, BF16):
+        found = noise_calls.normal_noise(calls, shape, KEY, sample_ids, dtype).double()
+        rounding = torch.finfo(dtype).eps / 2 * exact.abs() if dtype != FP32 else 0
+        assert ((found - exact).abs() <= 2e-6 + rounding).all()
+
+
+def _normals(calls: CudaCalls) -> None:
+    for shape in ((2, 37), (1, 2100), (300, 2), (3, 2, 16)):
+        check_normals(calls, shape, None)
+        check_normals(calls, shape, torch.arange(shape[0]) * -(2**29) + 5)
+
+
 def _views(calls: CudaCalls) -> None:
     """Halves of channels and of batches are read in place, from wherever they begin."""
     draw = Draw()
@@ -255,6 +271,7 @@ def cases() -> list[Case]:
     """Fast enough to run some hundred times."""
     several = Device(multiprocessors=2)
     return [
+        Case("noise-normals", _normals),
         _diffuse("drawn", (2, 37)),
         _diffuse("drawn-halves", (3, 2, 24), BF16, target="epsilon"),
         _diffuse("given", (2, 1100), FP16, noise=FP32, target="flow"),
