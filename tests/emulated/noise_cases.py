@@ -244,7 +244,7 @@ def _not_numbers(calls: CudaCalls) -> None:
                         assert_rounded_once([mine[finite]], [true[finite]])
 
 
-def quantiles(calls: CudaCalls, x: Tensor, ratio: float, dtype: torch.dtype = FP32) -> None:
+def check_quantile(calls: CudaCalls, x: Tensor, ratio: float, dtype: torch.dtype = FP32) -> None:
     """Predictions are x itself, and the limits between 1 and 5."""
     table = denoise_coefficients(prediction_output=1, prev_prediction=1, clip=5)
     x = x.to(dtype)
@@ -264,7 +264,7 @@ def _ranks(calls: CudaCalls) -> None:
         torch.tensor([[-3.0]]),
     ):
         for ratio in (0.0, 0.3, 0.5, 0.995, 1.0):
-            quantiles(calls, x, ratio)
+            check_quantile(calls, x, ratio)
 
 
 def cases() -> list[Case]:
