@@ -65,7 +65,18 @@ template <typename T, int kCount>
 __device__ __forceinline__ void store(const Samples& samples, unsigned sample, int64_t first,
                                       const float (&values)[kCount]) {
   T* to = static_cast<T*>(samples.data) + sample * samples.stride + first;
-  if (samples.packed) return store(to, values);
+  if constexpr (kCount > 1) {
+    if (samples.packed) {
+      Packed<T, kCount> packed;
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) packed.values[e] = rounded<T>(values[e]);
+      uint4 words;
+      memcpy(&words, &packed, sizeof(words));
+      // A plain assignment is taken apart: the compiler joins it with the stores below.
+      __stwb(reinterpret_cast<uint4*>(to), words);
+      return;
+    }
+  }
 #pragma unroll
   for (int e = 0; e < kCount; ++e) to[e] = rounded<T>(values[e]);
 }
