@@ -7,26 +7,23 @@
 
 namespace vqkernels::cuda {
 
-constexpr int kWholeThreads = 512;  // of a block that looks at whole samples
-constexpr int kWholeWarps = kWholeThreads / kWarp;
+constexpr int kWarps = kPieceThreads / kWarp;
 
-// Calls f(count, first) for the thread's pieces of a sample, every `step`-th from `piece` on;
-// `count` is a constant: the elements of a piece, or 1 behind the last whole one.
+// Calls f(count, first) for the pieces of a sample that are the thread's where a block has the
+// whole of it; `count` is a constant: the elements of a piece, or 1 behind the last whole one.
 template <int kCount, typename F>
-__device__ __forceinline__ void each_of_sample(const NoiseGrid& grid, int64_t piece, int64_t step,
-                                               const F& f) {
+__device__ __forceinline__ void each_of_sample(const NoiseGrid& grid, const F& f) {
 #pragma unroll 1
-  for (; piece * kCount < grid.elements; piece += step) {
-    each_level<kCount>(grid, piece * kCount,
-                       [&](auto count, int64_t first, int64_t) { f(count, first); });
+  for (int64_t first = int64_t(threadIdx.x) * kCount; first < grid.elements;
+       first += kPieceThreads * kCount) {
+    each_level<kCount>(grid, first, [&](auto count, int64_t at, int64_t) { f(count, at); });
   }
 }
 
 // Sums over the block's threads, the same in each of them and on each run: warps, then the warps in
 // order. Each use has slots of its own.
 template <int kSums>
-__device__ __forceinline__ void block_sum(double (&slots)[kWholeWarps][kSums],
-                                          double (&sums)[kSums]) {
+__device__ __forceinline__ void block_sum(double (&slots)[kWarps][kSums], double (&sums)[kSums]) {
 #pragma unroll
   for (int k = 0; k < kSums; ++k) sums[k] = warp_sum(sums[k]);
   if (threadIdx.x % kWarp == 0) {
@@ -36,12 +33,12 @@ __device__ __forceinline__ void block_sum(double (&slots)[kWholeWarps][kSums],
 #pragma unroll
   for (int k = 0; k < kSums; ++k) {
     sums[k] = 0;
-    for (int warp = 0; warp < kWholeWarps; ++warp) sums[k] += slots[warp][k];
+    for (int warp = 0; warp < kWarps; ++warp) sums[k] += slots[warp][k];
   }
 }
 
 struct GuidanceSlots {
-  double sums[kWholeWarps][2], squares[kWholeWarps][4];
+  double sums[kWarps][2], squares[kWarps][4];
 };
 
 // std(model_output) / std(guided output). Squares are of what is away from the mean, so that a mean
@@ -50,7 +47,7 @@ template <int kCount>
 __device__ __forceinline__ float ratio_of_deviations(const DenoiseStep& call, const Row& row,
                                                      unsigned sample, GuidanceSlots& slots) {
   const auto each_pair = [&](const auto& f) {
-    each_of_sample<kCount>(call.grid, threadIdx.x, kWholeThreads, [&](auto count, int64_t first) {
+    each_of_sample<kCount>(call.grid, [&](auto count, int64_t first) {
       constexpr int kNow = decltype(count)::value;
       Outputs<kNow> outputs;
       outputs.template load<true>(call, sample, first);
@@ -178,19 +175,18 @@ __device__ __forceinline__ float dynamic_limit(const DenoiseStep& call, const Ro
                                                unsigned sample, float factor, const Rank& rank,
                                                Ranking& ranking) {
   const auto each = [&](const auto& f) {
-    each_of_sample<kPiece<T>>(call.grid, threadIdx.x, kWholeThreads,
-                              [&](auto count, int64_t first) {
-                                constexpr int kNow = decltype(count)::value;
-                                Loaded<kNow> loaded;
-                                Outputs<kNow> outputs;
-                                loaded.template load_as<T>(call.sample, sample, first);
-                                outputs.template load<true>(call, sample, first);
-                                float x[kNow], output[kNow], prediction[kNow];
-                                loaded.template read_as<T>(x);
-                                outputs.template read<true>(call, row, factor, output);
-                                predict(row, x, output, prediction);
-                                for (float value : prediction) f(value);
-                              });
+    each_of_sample<kPiece<T>>(call.grid, [&](auto count, int64_t first) {
+      constexpr int kNow = decltype(count)::value;
+      Loaded<kNow> loaded;
+      Outputs<kNow> outputs;
+      loaded.template load_as<T>(call.sample, sample, first);
+      outputs.template load<true>(call, sample, first);
+      float x[kNow], output[kNow], prediction[kNow];
+      loaded.template read_as<T>(x);
+      outputs.template read<true>(call, row, factor, output);
+      predict(row, x, output, prediction);
+      for (float value : prediction) f(value);
+    });
   };
   const float s = quantile(each, rank, ranking);
   return s != s ? s : fminf(fmaxf(s, 1.0f), row[kClip]);

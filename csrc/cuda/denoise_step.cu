@@ -14,8 +14,8 @@
 namespace vqkernels::cuda {
 namespace {
 
-constexpr int kPieceBlocks = 4;  // of a multiprocessor: 32 KB under way with two operands
-constexpr int kWholeBlocks = 4;  // of a multiprocessor, which runs two of them at a time
+// Blocks of a multiprocessor: 32 KB are under way with two operands, 36 KB with three.
+constexpr int kPieceBlocks = 4, kGuidedBlocks = 3;
 
 template <int kCount>
 __device__ __forceinline__ void multiply_by_deviation(const DenoiseStep& call, const Row& row,
@@ -90,6 +90,16 @@ __device__ __forceinline__ void step(const DenoiseStep& call, const Row& row, co
   store<T>(call.prev_sample, sample, first, prev);
 }
 
+// What a guided step scales outputs by, at 1 exactly them.
+template <typename T>
+__device__ __forceinline__ float guidance_factor(const DenoiseStep& call, const Row& row,
+                                                 unsigned sample, GuidanceSlots& slots) {
+  const float rescale = row[kGuidanceRescale];
+  if (call.uncond_output.data == nullptr || rescale == 0.0f || call.grid.elements < 2) return 1;
+  const float ratio = ratio_of_deviations<kPiece<T>>(call, row, sample, slots);
+  return rescale * ratio + 1.0f - rescale;
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kPieceThreads, kPieceBlocks)
     denoise_pieces(DenoiseStep call, Shares shares) {
@@ -103,29 +113,34 @@ __global__ void __launch_bounds__(kPieceThreads, kPieceBlocks)
                      });
 }
 
-// `blocks` a sample. A thread comes back to the elements that it read before they are written.
+// A block has pieces of one sample.
 template <typename T>
-__global__ void __launch_bounds__(kWholeThreads, 1)
-    denoise_samples(DenoiseStep call, unsigned blocks, Rank rank) {
+__global__ void __launch_bounds__(kPieceThreads, kGuidedBlocks)
+    denoise_guided(DenoiseStep call, Shares shares) {
   constexpr int kCount = kPiece<T>;
   __shared__ GuidanceSlots slots;
-  __shared__ Ranking ranking;
-  const unsigned sample = blockIdx.x / blocks;
+  const unsigned sample = shares.sample();
   const Row row(call, sample, 0);
   Whole whole;
-  const float rescale = row[kGuidanceRescale];
-  if (call.uncond_output.data != nullptr && rescale != 0.0f && call.grid.elements > 1) {
-    const float ratio = ratio_of_deviations<kCount>(call, row, sample, slots);
-    whole.factor = rescale * ratio + 1.0f - rescale;
-  }
-  if (call.threshold == Threshold::dynamic) {
-    whole.limit = dynamic_limit<T>(call, row, sample, whole.factor, rank, ranking);
-  }
-  const int64_t piece = int64_t(blockIdx.x % blocks) * kWholeThreads + threadIdx.x;
-  each_of_sample<kCount>(call.grid, piece, int64_t(blocks) * kWholeThreads,
-                         [&](auto count, int64_t first) {
-                           step<T, true, decltype(count)::value>(call, row, whole, sample, first);
-                         });
+  whole.factor = guidance_factor<T>(call, row, sample, slots);
+  each_level<kCount>(call.grid, shares.piece() * kCount, [&](auto count, int64_t first, int64_t) {
+    step<T, true, decltype(count)::value>(call, row, whole, sample, first);
+  });
+}
+
+// A block has a sample, and a thread comes back to the elements that it read before.
+template <typename T>
+__global__ void __launch_bounds__(kPieceThreads, 1) denoise_samples(DenoiseStep call, Rank rank) {
+  __shared__ GuidanceSlots slots;
+  __shared__ Ranking ranking;
+  const unsigned sample = blockIdx.x;
+  const Row row(call, sample, 0);
+  Whole whole;
+  whole.factor = guidance_factor<T>(call, row, sample, slots);
+  whole.limit = dynamic_limit<T>(call, row, sample, whole.factor, rank, ranking);
+  each_of_sample<kPiece<T>>(call.grid, [&](auto count, int64_t first) {
+    step<T, true, decltype(count)::value>(call, row, whole, sample, first);
+  });
 }
 
 void mark_packed(DenoiseStep& call, int count) {
@@ -141,24 +156,21 @@ void mark_packed(DenoiseStep& call, int count) {
 void denoise_step(const DenoiseStep& problem, const Context& context) {
   if (problem.grid.batch * problem.grid.elements == 0) return;
   DenoiseStep call = problem;
-  const bool dynamic = call.threshold == Threshold::dynamic;
+  const bool guided = call.uncond_output.data != nullptr;
   with_type(call.sample.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     mark_packed(call, kPiece<T>);
-    if (call.uncond_output.data == nullptr && !dynamic) {
+    if (call.threshold == Threshold::dynamic) {
+      const Launches of = launches_for(call.grid, kPiece<T>, false);
+      VQKERNELS_LAUNCH(denoise_samples<T>, dim3(of.shares.batch), of.block, 0, context.stream)
+      (call, Rank(call.grid.elements, call.ratio));
+    } else if (guided) {
+      const Launches of = launches_for(call.grid, kPiece<T>, false);
+      VQKERNELS_LAUNCH(denoise_guided<T>, of.grid, of.block, 0, context.stream)(call, of.shares);
+    } else {
       const Launches of = launches_for(call.grid, kPiece<T>);
       VQKERNELS_LAUNCH(denoise_pieces<T>, of.grid, of.block, 0, context.stream)(call, of.shares);
-      return;
     }
-    const int64_t most = blocks_for(call.grid.elements, kPiece<T> * kWholeThreads);
-    const int64_t wanted = kWholeBlocks * context.device.multiprocessors / call.grid.batch;
-    const int64_t blocks = dynamic ? 1 : std::clamp<int64_t>(wanted, 1, most);
-    if (call.grid.batch * blocks >> 31 != 0) {
-      throw std::invalid_argument("too many samples: 2^31 blocks or more");
-    }
-    VQKERNELS_LAUNCH(denoise_samples<T>, dim3(unsigned(call.grid.batch * blocks)),
-                     dim3(kWholeThreads), 0, context.stream)
-    (call, unsigned(blocks), Rank(call.grid.elements, call.ratio));
   });
 }
 

@@ -126,11 +126,11 @@ struct Launches {
   dim3 grid, block;
 };
 
-// A thread for each piece of `count` elements; small samples share a block.
-inline Launches launches_for(const NoiseGrid& of, int count) {
+// A thread for each piece of `count` elements; small samples share a block if they may.
+inline Launches launches_for(const NoiseGrid& of, int count, bool may_share = true) {
   const int64_t pieces = (of.elements + count - 1) / count;
   unsigned columns = kPieceThreads;
-  while (columns >= 2 * kWarp && columns / 2 >= pieces) columns /= 2;
+  while (may_share && columns > kWarp && columns / 2 >= pieces) columns /= 2;
   const unsigned rows = kPieceThreads / columns, per_sample = blocks_for(pieces, columns);
   const int64_t blocks = (of.batch + rows - 1) / rows * per_sample;
   if (blocks >> 31 != 0) throw std::invalid_argument("too many samples: more than 2^31 blocks");
