@@ -120,12 +120,13 @@ __global__ void __launch_bounds__(kPieceThreads, kGuidedBlocks)
   constexpr int kCount = kPiece<T>;
   __shared__ GuidanceSlots slots;
   const unsigned sample = shares.sample();
-  const Row row(call, sample, 0);
   Whole whole;
-  whole.factor = guidance_factor<T>(call, row, sample, slots);
-  each_level<kCount>(call.grid, shares.piece() * kCount, [&](auto count, int64_t first, int64_t) {
-    step<T, true, decltype(count)::value>(call, row, whole, sample, first);
-  });
+  whole.factor = guidance_factor<T>(call, Row(call, sample, 0), sample, slots);
+  each_level<kCount>(call.grid, shares.piece() * kCount,
+                     [&](auto count, int64_t first, int64_t level) {
+                       const Row row(call, sample, level);
+                       step<T, true, decltype(count)::value>(call, row, whole, sample, first);
+                     });
 }
 
 // A block has a sample, and a thread comes back to the elements that it read before.
