@@ -14,8 +14,8 @@
 namespace vqkernels::cuda {
 namespace {
 
-// Blocks of a multiprocessor: 32 KB are under way with two operands, 36 KB with three.
-constexpr int kPieceBlocks = 4, kGuidedBlocks = 3;
+// Of a multiprocessor: 36 KB are under way with three operands; without guidance 32 with two.
+constexpr int kGuidedBlocks = 3;
 
 template <int kCount>
 __device__ __forceinline__ void multiply_by_deviation(const DenoiseStep& call, const Row& row,

@@ -39,7 +39,8 @@ __device__ __forceinline__ void diffuse_elements(const Diffuse& call, unsigned s
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPieceThreads) diffuse_pieces(Diffuse call, Shares shares) {
+__global__ void __launch_bounds__(kPieceThreads, kPieceBlocks)
+    diffuse_pieces(Diffuse call, Shares shares) {
   constexpr int kCount = kPiece<T>;
   const unsigned sample = shares.sample();
   if (sample >= shares.batch) return;

@@ -9,6 +9,8 @@
 namespace vqkernels::cuda {
 
 constexpr int kPieceThreads = 256;
+constexpr int kPieceBlocks =
+    4;  // of a multiprocessor: asked for none, the compiler aims at more, and spills
 
 // How the pieces of samples are divided among blocks: rows of `block.x` of them, of one sample
 // each.
@@ -115,8 +117,8 @@ __device__ __forceinline__ Normals normals_of(const Noise& noise, unsigned sampl
 // Whether pieces of `count` elements may be moved at once: they lie at multiples of their size, or
 // of 16 bytes.
 inline bool is_packed(const Samples& of, const NoiseGrid& grid, int count) {
-  const int64_t width = of.dtype == DType::f32 ? 4 : 2,
-                bytes = std::min(16 / width, int64_t(count)) * width;
+  const int64_t width = of.dtype == DType::f32 ? 4 : 2;
+  const int64_t bytes = std::min<int64_t>(16, count * width);
   return reinterpret_cast<uintptr_t>(of.data) % bytes == 0 &&
          (grid.batch == 1 || of.stride * width % bytes == 0);
 }

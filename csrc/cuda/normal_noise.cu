@@ -6,7 +6,8 @@ namespace vqkernels::cuda {
 namespace {
 
 template <typename T>
-__global__ void __launch_bounds__(kPieceThreads) noise_pieces(NormalNoise call, Shares shares) {
+__global__ void __launch_bounds__(kPieceThreads, kPieceBlocks)
+    noise_pieces(NormalNoise call, Shares shares) {
   constexpr int kCount = kPiece<T>;
   const unsigned sample = shares.sample();
   if (sample >= shares.batch) return;
