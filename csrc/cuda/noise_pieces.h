@@ -2,6 +2,8 @@
 // elements of each operand at the same places, whatever their types.
 #pragma once
 
+#include <type_traits>
+
 #include "noise.h"
 #include "normals.h"
 #include "pieces.h"
@@ -9,11 +11,11 @@
 namespace vqkernels::cuda {
 
 constexpr int kPieceThreads = 256;
-constexpr int kPieceBlocks =
-    4;  // of a multiprocessor: asked for none, the compiler aims at more, and spills
+// Blocks of a multiprocessor: unasked, the compiler aims at more, and spills.
+constexpr int kPieceBlocks = 4;
 
-// How the pieces of samples are divided among blocks: rows of `block.x` of them, of one sample
-// each.
+// How pieces are divided among blocks: `per_sample` blocks for each `block.y` samples, whose pieces
+// a row of threads has.
 struct Shares {
   unsigned batch, per_sample;
 
