@@ -41,10 +41,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "attention": ("cpu", "triton", "cuda"),
     "attention_qkvpacked": ("cpu", "triton"),
     "attention_varlen": ("cpu", "triton"),
-    "normal_noise": ("cpu",),
-    "diffuse": ("cpu",),
+    "normal_noise": ("cpu", "cuda"),
+    "diffuse": ("cpu", "cuda"),
     "diffusion_loss": ("cpu",),
-    "denoise_step": ("cpu",),
+    "denoise_step": ("cpu", "cuda"),
     # Made of ops above, which choose for themselves.
     "modulated_attention": ("cpu", "triton"),
     "modulated_mlp": ("cpu", "triton"),
