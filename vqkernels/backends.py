@@ -41,6 +41,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "attention": ("cpu", "triton", "cuda"),
     "attention_qkvpacked": ("cpu", "triton"),
     "attention_varlen": ("cpu", "triton"),
+    "normal_noise": ("triton",),
+    "diffuse": ("triton",),
+    "diffusion_loss": ("triton",),
+    "denoise_step": ("triton",),
     # Made of ops above, which choose for themselves.
     "modulated_attention": ("cpu", "triton"),
     "modulated_mlp": ("cpu", "triton"),
