@@ -83,7 +83,7 @@ def _guided(output: Tensor, uncond: Tensor, guidance: Tensor, rescale: Tensor) -
 
 def _dynamic(prediction: Tensor, clip: Tensor, ratio: float) -> Tensor:
     """Saharia et al. 2022, arXiv:2205.11487, section 2.3."""
-    sizes = prediction.abs().flatten(1)  # [B, E]
+    sizes = prediction.abs()[:, None].flatten(1)  # [B, E]
     if sizes.numel() == 0:
         return prediction
     ranked = sizes.sort(dim=1).values  # torch.quantile stops at 2^24 elements

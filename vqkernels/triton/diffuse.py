@@ -17,7 +17,7 @@ from torch import Tensor
 from vqkernels.triton.launch import launch
 from vqkernels.triton.noise_configs import block_and_warps, config_of
 from vqkernels.triton.samples import (
-    block_of_sample,
+    block_of_program,
     has_halves,
     levels_of,
     load_block,
@@ -89,7 +89,7 @@ def _diffuse(
     WIDE: tl.constexpr,
 ):
     """One program: a block of one sample."""
-    b, start, lane, inside = block_of_sample(E, BLOCK)
+    b, start, lane, inside = block_of_program(E, BLOCK)
     place = place_of_level(b, levels[0], start, lane, levels[1], BLOCK, SEVERAL)
     a = load_level(alpha, place, inside, SEVERAL)
     s = load_level(sigma, place, inside, SEVERAL)

@@ -16,9 +16,10 @@ from torch import Tensor
 from vqkernels.triton.diffuse import target_of
 from vqkernels.triton.launch import launch
 from vqkernels.triton.noise_configs import BlockConfig, block_and_warps, chunk_of, config_of
-from vqkernels.triton.normals import four_normals, in_order, normals_of_elements
+from vqkernels.triton.normals import normals_from, normals_of_elements
 from vqkernels.triton.samples import (
-    block_of_sample,
+    block_of_program,
+    blocks_of,
     has_halves,
     levels_of,
     load_block,
@@ -82,6 +83,7 @@ def diffusion_loss(
         ALIGNED=levels.count == 1 or levels.size % 4 == 0,
         LEVELS=config.block // width,
         WIDTH=width,
+        WIDE=width >= 8 and has_halves(model_output, x0, noise),
         num_warps=config.num_warps,
     )
     if chunks > 1:
@@ -178,19 +180,17 @@ def _sum_losses(
     ALIGNED: tl.constexpr,
     LEVELS: tl.constexpr,
     WIDTH: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One program: the same chunk of LEVELS levels. ALIGNED levels begin with a counter."""
-    chunks = tl.cdiv(levels[1], chunk)
+    chunks = blocks_of(levels[1], chunk)
     level = (tl.program_id(0) // chunks).to(tl.int64) * LEVELS + tl.arange(0, LEVELS)
     used = level < count
     b = level // levels[0]
     begin = level % levels[0] * levels[1]
     a = tl.load(alpha + level, mask=used, other=0.0)[:, None]
     s = tl.load(sigma + level, mask=used, other=0.0)[:, None]
-    if LOSS == "mse":
-        d = a
-    else:
-        d = tl.load(delta + level, mask=used, other=1.0)[:, None]
+    d = a if LOSS == "mse" else tl.load(delta + level, mask=used, other=1.0)[:, None]
     if noise is None:
         ids = b
         if sample_ids is not None:
@@ -208,8 +208,9 @@ def _sum_losses(
         if noise is not None:
             z = load_block(noise + (b * noise_stride + at)[:, None], lane, inside)
         elif ALIGNED:
-            quad = (at >> 2).to(tl.uint32)[:, None] + tl.arange(0, WIDTH // 4).to(tl.uint32)[None, :]
-            z = in_order(four_normals(seed, quad, ids[:, None], step, stream), [LEVELS, WIDTH])
+            quad = (at >> 2)[:, None]
+            id = ids[:, None]
+            z = normals_from(seed, quad, id, step, stream, [LEVELS, WIDTH], WIDTH, WIDE)
         else:
             z = normals_of_elements(seed, at[:, None] + lane, ids[:, None], step, stream)
         each = _loss_of(o - target_of(x, z, a, s, TARGET), d, LOSS)
@@ -266,7 +267,7 @@ def _loss_backward(
     WIDE: tl.constexpr,
 ):
     """One program: a block of one sample."""
-    b, start, lane, inside = block_of_sample(E, BLOCK)
+    b, start, lane, inside = block_of_program(E, BLOCK)
     place = place_of_level(b, levels[0], start, lane, levels[1], BLOCK, SEVERAL)
     a = load_level(alpha, place, inside, SEVERAL)
     s = load_level(sigma, place, inside, SEVERAL)
@@ -274,10 +275,7 @@ def _loss_backward(
     if weight is not None:
         scale *= load_level(weight, place, inside, SEVERAL)
     scale /= levels[1]
-    if LOSS == "mse":
-        d = a
-    else:
-        d = load_level(delta, place, inside, SEVERAL)
+    d = a if LOSS == "mse" else load_level(delta, place, inside, SEVERAL)
     o = load_block(model_output + b * output_stride + start, lane, inside)
     x = load_block(x0 + b * x0_stride + start, lane, inside)
     z = noise_block(noise, noise_stride, key, sample_ids, b, start, lane, inside, BLOCK, WIDE)
@@ -316,11 +314,7 @@ def _slope_of(difference, d, LOSS: tl.constexpr):
 @triton.jit
 def _per_x0(s, TARGET: tl.constexpr):
     """What the difference changes by with x0."""
-    if TARGET == "epsilon":
-        return 0.0
-    elif TARGET == "sample":
-        return -1.0
-    elif TARGET == "v":
+    if TARGET == "v":
         return s
     else:
-        return 1.0
+        return 0.0 if TARGET == "epsilon" else -1.0 if TARGET == "sample" else 1.0

@@ -58,10 +58,20 @@ def four_normals(seed, quad, sample, step, stream):
 
 
 @triton.jit
-def in_order(normals, SHAPE: tl.constexpr):
-    """`four_normals` of adjacent counters as their elements lie: the last dimension of `SHAPE` is
-    four times as long."""
-    n0, n1, n2, n3 = normals
+def normals_from(
+    seed, first, sample, step, stream, SHAPE: tl.constexpr, COUNT: tl.constexpr, WIDE: tl.constexpr
+):
+    """The normals of COUNT elements behind each counter `first`, a scalar or `[R, 1]`, as `SHAPE`.
+    With WIDE a thread draws eight adjacent ones, 16 bytes of halves; without it `step` may go with
+    the counters."""
+    if WIDE:
+        quad = first.to(tl.uint32) + 2 * tl.arange(0, COUNT // 8).to(tl.uint32)
+        n0, n1, n2, n3 = four_normals(seed, quad, sample, step, stream)
+        m0, m1, m2, m3 = four_normals(seed, quad + 1, sample, step, stream)
+        n0, n1, n2, n3 = tl.join(n0, m0), tl.join(n1, m1), tl.join(n2, m2), tl.join(n3, m3)
+    else:
+        quad = first.to(tl.uint32) + tl.arange(0, COUNT // 4).to(tl.uint32)
+        n0, n1, n2, n3 = four_normals(seed, quad, sample, step, stream)
     # The last of what is joined changes fastest.
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), SHAPE)
 

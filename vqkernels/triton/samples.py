@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vqkernels.triton.normals import four_normals, in_order, normals_of_elements
+from vqkernels.triton.normals import normals_from, normals_of_elements
 
 
 class Samples(NamedTuple):
@@ -46,13 +46,25 @@ def has_halves(*tensors: Tensor | None) -> bool:
 
 
 @triton.jit
-def block_of_sample(E, BLOCK: tl.constexpr):
-    """(sample, first element, lanes, which of them are inside) of a program with one block."""
-    blocks = tl.cdiv(E, BLOCK)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+def blocks_of(E, BLOCK: tl.constexpr):
+    """Rounded up; E + BLOCK may not fit into 32 bits."""
+    return (E - 1) // BLOCK + 1
+
+
+@triton.jit
+def block_at(block, E, BLOCK: tl.constexpr):
+    """(first element, lanes, which of them are inside) of one block of a sample."""
+    start = tl.full([], BLOCK, tl.int64) * block
     lane = tl.arange(0, BLOCK)
-    return b, start, lane, lane < E - start
+    return start, lane, lane < E - start
+
+
+@triton.jit
+def block_of_program(E, BLOCK: tl.constexpr):
+    """The sample of a program that has one block, and its `block_at`."""
+    blocks = blocks_of(E, BLOCK)
+    start, lane, inside = block_at(tl.program_id(0) % blocks, E, BLOCK)
+    return (tl.program_id(0) // blocks).to(tl.int64), start, lane, inside
 
 
 @triton.jit
@@ -97,19 +109,9 @@ def id_of(sample_ids, b):
 
 @triton.jit
 def drawn_block(key, sample_ids, b, start, step, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Normals of a block that begins with a counter. `step` is a scalar or, without WIDE, goes with
-    the block's counters. With WIDE a thread draws eight adjacent elements: 16 bytes of halves."""
-    seed, stream, ids = tl.load(key), tl.load(key + 2), id_of(sample_ids, b)
-    first = (start >> 2).to(tl.uint32)
-    if WIDE:
-        quad = first + 2 * tl.arange(0, BLOCK // 8).to(tl.uint32)
-        n0, n1, n2, n3 = four_normals(seed, quad, ids, step, stream)
-        m0, m1, m2, m3 = four_normals(seed, quad + 1, ids, step, stream)
-        pairs = (tl.join(n0, m0), tl.join(n1, m1), tl.join(n2, m2), tl.join(n3, m3))
-        return in_order(pairs, [BLOCK])
-    else:
-        quad = first + tl.arange(0, BLOCK // 4).to(tl.uint32)
-        return in_order(four_normals(seed, quad, ids, step, stream), [BLOCK])
+    """Normals of a block that begins with a counter."""
+    ids, stream = id_of(sample_ids, b), tl.load(key + 2)
+    return normals_from(tl.load(key), start >> 2, ids, step, stream, [BLOCK], BLOCK, WIDE)
 
 
 @triton.jit
