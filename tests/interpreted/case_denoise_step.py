@@ -14,7 +14,7 @@ from vqkernels import denoise_coefficients
 from vqkernels.ops.denoise_step import COLUMNS
 from vqkernels.triton import denoise_step, denoise_terms
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 SHAPES = [(3, 1), (2, 3, 8), (2, 2, 3, 5), (2, 1100)]
 KEY = key_on("cpu")
 
@@ -79,20 +79,21 @@ def test_columns():
         assert [COLUMNS.index(name) for name in names] == list(range(start + 2, start + 7))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", ["none", "clip"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*((shape, FP32) for shape in SHAPES), (SHAPES[1], BF16), (SHAPES[2], FP16)]
+)
 def test_every_term_at_every_level(shape, threshold, dtype):
     numbers = Numbers("cpu")
     sample = numbers.normal(shape, dtype)
     history = tuple(numbers.normal(shape, dtype) for _ in range(4))
-    model_dtypes = itertools.cycle([dtype, torch.bfloat16, torch.float32])
+    model_dtypes = itertools.cycle([dtype, BF16, FP32])
     for index in indices_in(shape):
         output, variance = numbers.normal((shape[0], 2, *shape[1:]), next(model_dtypes)).unbind(1)
         table = table_of_steps(numbers)
         rest = {"threshold": threshold}
         judge_step(sample, output, table, index, **rest)
-        more = {"history": history[:1], "noise": numbers.normal(shape, torch.float16)}
+        more = {"history": history[:1], "noise": numbers.normal(shape, FP16)}
         judge_step(sample, output, table, index, **more, **rest)
         more = {"history": history, "key": KEY, "variance": variance}
         judge_step(sample, output, table, index, **more, **rest)
@@ -102,8 +103,9 @@ def test_every_term_at_every_level(shape, threshold, dtype):
         assert prediction.numel() == extra.numel() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threshold", ["none", "clip", "dynamic"])
+@pytest.mark.parametrize(
+    ("threshold", "dtype"), [("none", FP16), ("clip", BF16), ("dynamic", FP32), ("dynamic", BF16)]
+)
 def test_guidance(threshold, dtype):
     numbers = Numbers("cpu")
     for shape in SHAPES:
@@ -127,13 +129,13 @@ def test_guidance_of_one_is_the_conditional_output():
     assert torch.equal(run("denoise_step", "triton", *rest)[0], output)
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.9, 0.995, 1.0])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.995, 1.0])
 def test_quantiles(ratio):
     """Exact, with equal values, in samples of one block and of several, and of one element."""
     numbers = Numbers("cpu")
     table = denoise_coefficients(prediction_sample=1.0, prev_prediction=1.0, clip=[torch.inf, 2.0])
-    for shape in ((3, 1), (2, 2), (2, 37), (2, 5000)):
-        for scale in (0.1, 1.0, 1e4):
+    for shape in ((3, 1), (2, 2), (2, 37), (2, 2500)):
+        for scale in (1.0, 1e4):
             for rounded in (False, True):
                 sample = scale * numbers.normal(shape)
                 sample = sample.round() if rounded else sample
@@ -179,7 +181,7 @@ def test_writes_in_place():
     numbers = Numbers("cpu")
     table = table_of_steps(numbers, rescale=True)
     for threshold in ("none", "dynamic"):
-        sample, output, uncond, entry = (numbers.normal((2, 5000)) for _ in range(4))
+        sample, output, uncond, entry = (numbers.normal((2, 2500)) for _ in range(4))
         rest = arguments_of(
             sample,
             output,
