@@ -38,6 +38,10 @@ REPEATED = (
     "test_qk_norm_rope.py",
     "test_attention_varlen.py",
     "test_attention_dropout.py",
+    "test_normal_noise.py",
+    "test_diffuse.py",
+    "test_diffusion_loss.py",
+    "test_denoise_step.py",
 )
 
 

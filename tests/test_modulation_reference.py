@@ -11,11 +11,8 @@ from torch import Tensor
 from vqkernels.ops.ada_layer_norm import ada_layer_norm
 from vqkernels.ops.attention import attention
 from vqkernels.ops.bias_gelu import bias_gelu
-from vqkernels.ops.diffuse import diffuse
 from vqkernels.ops.gated_residual import gated_residual
 from vqkernels.ops.gated_residual_ada_layer_norm import gated_residual_ada_layer_norm
-from vqkernels.ops.normal_noise import normal_noise
-from vqkernels.reference.normal_noise import philox4x32
 
 B, N, D = 3, 12, 10
 HALVES = [torch.float16, torch.bfloat16]
@@ -186,104 +183,6 @@ def test_attention_query_without_keys() -> None:
     assert lse[:, :, [0, 1, 3]].isfinite().all()
 
 
-TARGET_EQUATIONS = {
-    "epsilon": lambda x, z, a, s: z,
-    "sample": lambda x, z, a, s: x,
-    "v": lambda x, z, a, s: a * z - s * x,
-    "flow": lambda x, z, a, s: z - x,
-}
-
-
-@pytest.mark.parametrize("target", list(TARGET_EQUATIONS))
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_diffuse_follows_its_equation(target: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, z = torch.randn(B, 2, 3, 5).to(dtype), torch.randn(B, 2, 3, 5).to(dtype)
-    alpha, sigma = torch.rand(B), torch.rand(B)
-    x_t, wanted = diffuse(x, alpha, sigma, noise=z, target=target)
-    a, s = alpha.double().view(B, 1, 1, 1), sigma.double().view(B, 1, 1, 1)
-    equation = TARGET_EQUATIONS[target](x.double(), z.double(), a, s)
-    for out, exact in ((x_t, a * x.double() + s * z.double()), (wanted, equation)):
-        assert out.dtype == dtype
-        rounding = torch.finfo(dtype).eps * exact.abs() + 1e-6
-        assert ((out.double() - exact).abs() <= rounding).all()
-
-
-def test_diffuse_with_a_seed_draws_keyed_noise() -> None:
-    x = torch.randn(4, 2, 3, requires_grad=True)
-    alpha, sigma = torch.rand(4), torch.rand(4)
-    ids = torch.tensor([7, 1, 3, 9])
-    noise = normal_noise(x.shape, seed=5, sample_ids=ids)
-    by_seed = diffuse(x, alpha, sigma, seed=5, sample_ids=ids, target="v")
-    by_noise = diffuse(x, alpha, sigma, noise=noise, target="v")
-    assert all(torch.equal(a, b) for a, b in zip(by_seed, by_noise, strict=True))
-    upstream = [torch.randn(4, 2, 3), torch.randn(4, 2, 3)]
-    (grad,) = torch.autograd.grad(by_seed, x, upstream)
-    a, s = alpha.view(4, 1, 1), sigma.view(4, 1, 1)
-    torch.testing.assert_close(grad, a * upstream[0] - s * upstream[1])
-
-
-# Known answers of the Random123 distribution's kat_vectors for philox4x32-10.
-PHILOX_ANSWERS = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
-
-
-@pytest.mark.parametrize(("counter", "key", "answer"), PHILOX_ANSWERS)
-def test_philox_known_answers(counter, key, answer) -> None:  # type: ignore[no-untyped-def]
-    words = philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
-    assert tuple(int(word) for word in words) == answer
-
-
-def test_normal_noise_is_box_muller_of_philox() -> None:
-    seed, sample, step, stream = 0x1234567890, 11, 5, 2
-    noise = normal_noise(
-        (1, 10), seed=seed, sample_ids=torch.tensor([sample]), step=step, stream=stream
-    )
-    key = (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32))
-    expected: list[float] = []
-    for quad in range(3):
-        w = [
-            int(v) for v in philox4x32(tuple(map(torch.tensor, (quad, sample, step, stream))), key)
-        ]
-        for first, second in ((w[0], w[1]), (w[2], w[3])):
-            radius = math.sqrt(-2 * math.log((first + 1) / 2**32))
-            angle = 2 * math.pi * second / 2**32
-            expected += [radius * math.cos(angle), radius * math.sin(angle)]
-    torch.testing.assert_close(noise[0], torch.tensor(expected[:10]), rtol=0, atol=2e-6)
-
-
-def test_normal_noise_depends_on_its_key_alone() -> None:
-    whole = normal_noise((6, 3, 5), seed=-3, step=4)
-    part = normal_noise((2, 3, 5), seed=2**64 - 3, step=4, sample_ids=torch.tensor([4, 1]))
-    assert torch.equal(part, whole[[4, 1]])
-    as_tensor = normal_noise((6, 3, 5), seed=torch.tensor(-3), step=torch.tensor([4]))
-    assert torch.equal(as_tensor, whole)
-    assert torch.equal(
-        normal_noise((6, 3, 5), seed=-3, step=4, dtype=torch.bfloat16), whole.bfloat16()
-    )
-    for other in (
-        {"seed": -2, "step": 4},
-        {"seed": -3, "step": 5},
-        {"seed": -3, "step": 4, "stream": 1},
-    ):
-        assert (normal_noise((6, 3, 5), **other) != whole).all()  # type: ignore[arg-type]
-
-
-def test_normal_noise_is_standard_normal() -> None:
-    values = normal_noise((100, 1000), seed=1).double().flatten().sort().values
-    normal = torch.special.ndtr(values)
-    steps = torch.arange(len(values)) / len(values)
-    assert (normal - steps).abs().max() < 1.95 / math.sqrt(len(values))  # Kolmogorov, p = 0.001
-    assert normal_noise((0, 3), seed=1).shape == (0, 3)
-
-
 x0 = torch.zeros(B, N, D)
 level = torch.zeros(B)
 ok = torch.zeros(B, D)
@@ -325,18 +224,6 @@ BAD_CALLS = [
         lambda: attention(head, head, head, attn_mask=torch.ones(3, 3).bool(), is_causal=True),
         ValueError,
         "exclude each other",
-    ),
-    (lambda: diffuse(x0, level, level[1:], noise=x0), ValueError, "sigma must be"),
-    (lambda: diffuse(x0, level, level, noise=x0[1:]), ValueError, "noise must have"),
-    (lambda: diffuse(x0, level, level), ValueError, "neither"),
-    (lambda: diffuse(x0, level, level, noise=x0, seed=1), ValueError, "both"),
-    (lambda: diffuse(x0, level, level, noise=x0, target="x"), ValueError, "target must be"),
-    (lambda: normal_noise((), seed=1), ValueError, "shape must be"),
-    (lambda: normal_noise((2,), seed=1, dtype=torch.int32), TypeError, "dtype must be"),
-    (
-        lambda: normal_noise((2,), seed=1, sample_ids=torch.arange(3)),
-        ValueError,
-        "sample_ids must be",
     ),
 ]
 

@@ -6,6 +6,8 @@
 #include "attention_backward_kernel.h"
 #include "bias_gelu_kernel.h"
 #include "code_statistics_kernel.h"
+#include "denoise_step_kernel.h"
+#include "diffusion_loss_kernel.h"
 #include "ema_update_kernel.h"
 #include "gather_codes_kernel.h"
 #include "nearest_code_kernel.h"
@@ -32,6 +34,9 @@ vqkernels_kernel_table() {
       bias_gelu_backward,  attention,
       attention_backward,  attention_query_sums,
       qk_norm_rope,        qk_norm_rope_backward,
+      normal_noise,        diffuse,
+      diffusion_loss,      diffusion_loss_backward,
+      denoise_step,
   };
   return &table;
 }

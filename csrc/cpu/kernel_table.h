@@ -6,6 +6,7 @@
 
 #include "attention_task.h"
 #include "modulation_task.h"
+#include "noise_task.h"
 #include "packed_book.h"
 #include "qk_norm_rope_task.h"
 #include "rows.h"
@@ -101,6 +102,14 @@ struct KernelTable {
 
   void (*qk_norm_rope)(const NormRope& task, int64_t chunk_begin, int64_t chunk_end);
   void (*qk_norm_rope_backward)(const NormRope& task, int64_t chunk_begin, int64_t chunk_end);
+
+  void (*normal_noise)(const NormalNoise& task, int64_t block_begin, int64_t block_end);
+  void (*diffuse)(const Diffuse& task, int64_t block_begin, int64_t block_end);
+  void (*diffusion_loss)(const DiffusionLoss& task, int64_t chunk_begin, int64_t chunk_end);
+  void (*diffusion_loss_backward)(const DiffusionLoss& task, int64_t block_begin,
+                                  int64_t block_end);
+  // Of blocks, or of samples where the task keeps these whole.
+  void (*denoise_step)(const DenoiseStep& task, int64_t begin, int64_t end);
 };
 
 // A hash of these headers, from the build: objects of different builds refuse each other.

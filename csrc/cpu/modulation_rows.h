@@ -11,8 +11,6 @@
 namespace vqkernels {
 namespace {
 
-#define VQKERNELS_INLINE __attribute__((always_inline))
-
 // Rows whose chains of additions overlap.
 constexpr int kTogether = 4;
 

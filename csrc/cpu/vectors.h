@@ -7,6 +7,8 @@
 #include "../common/dtypes.h"
 #include "simd.h"
 
+#define VQKERNELS_INLINE __attribute__((always_inline))
+
 namespace vqkernels {
 namespace {
 

@@ -83,13 +83,13 @@ def _guided(output: Tensor, uncond: Tensor, guidance: Tensor, rescale: Tensor) -
 
 def _dynamic(prediction: Tensor, clip: Tensor, ratio: float) -> Tensor:
     """Saharia et al. 2022, arXiv:2205.11487, section 2.3."""
-    sizes = prediction.abs()[:, None].flatten(1)  # [B, E]
-    if sizes.numel() == 0:
+    if prediction.numel() == 0:
         return prediction
+    sizes = prediction.abs().reshape(len(prediction), -1)  # [B, E]
     ranked = sizes.sort(dim=1).values  # torch.quantile stops at 2^24 elements
-    at = ratio * (sizes.shape[1] - 1)
-    below = min(int(at), sizes.shape[1] - 1)
-    above = min(below + 1, sizes.shape[1] - 1)
+    last = sizes.shape[1] - 1
+    at = ratio * last
+    below, above = min(int(at), last), min(int(at) + 1, last)
     quantile = torch.lerp(ranked[:, below], ranked[:, above], at - below)
     quantile = torch.where(ranked[:, -1].isnan(), ranked[:, -1], quantile)
     s = by_element(quantile, prediction)  # [B, 1, ...]

@@ -30,7 +30,8 @@ def diffusion_loss(
         each = torch.where(size <= d, difference.square() / 2, d * (size - d / 2))
     else:
         each = 2 * d * ((difference.square() + d.square()).sqrt() - d)
-    losses = each.flatten(alpha.dim() - 1).reshape(*alpha.shape, -1).mean(-1)
+    inner = tuple(range(alpha.dim(), x0.dim()))
+    losses = each.mean(inner) if inner else each
     return losses if weight is None else losses * weight
 
 
