@@ -25,6 +25,7 @@ from vqkernels.triton.samples import (
     noise_block,
     place_of_level,
     samples_of,
+    store_block,
 )
 
 
@@ -95,9 +96,9 @@ def _diffuse(
     s = load_level(sigma, place, inside, SEVERAL)
     x = load_block(x0 + b * x0_stride + start, lane, inside)
     z = noise_block(noise, noise_stride, key, sample_ids, b, start, lane, inside, BLOCK, WIDE)
-    at = (b * E + start) + lane.to(tl.int64)
-    tl.store(x_t + at, tl.fma(s, z, a * x), mask=inside)
-    tl.store(target + at, target_of(x, z, a, s, TARGET), mask=inside)
+    first = b * E + start
+    store_block(x_t + first, lane, tl.fma(s, z, a * x), inside)
+    store_block(target + first, lane, target_of(x, z, a, s, TARGET), inside)
 
 
 @triton.jit

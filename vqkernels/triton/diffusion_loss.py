@@ -27,6 +27,7 @@ from vqkernels.triton.samples import (
     noise_block,
     place_of_level,
     samples_of,
+    store_block,
 )
 
 _COMBINED = 256
@@ -280,10 +281,10 @@ def _loss_backward(
     x = load_block(x0 + b * x0_stride + start, lane, inside)
     z = noise_block(noise, noise_stride, key, sample_ids, b, start, lane, inside, BLOCK, WIDE)
     by_output = scale * _slope_of(o - target_of(x, z, a, s, TARGET), d, LOSS)
-    at = (b * E + start) + lane.to(tl.int64)
-    tl.store(grad_output + at, by_output, mask=inside)
+    first = b * E + start
+    store_block(grad_output + first, lane, by_output, inside)
     if grad_x0 is not None:
-        tl.store(grad_x0 + at, by_output * _per_x0(s, TARGET), mask=inside)
+        store_block(grad_x0 + first, lane, by_output * _per_x0(s, TARGET), inside)
 
 
 @triton.jit

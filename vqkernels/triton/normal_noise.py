@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vqkernels.triton.launch import launch
 from vqkernels.triton.noise_configs import block_and_warps, config_of
-from vqkernels.triton.samples import block_of_program, drawn_block, has_halves
+from vqkernels.triton.samples import block_of_program, drawn_block, has_halves, store_block
 
 
 def normal_noise(
@@ -52,4 +52,4 @@ def _normal_noise(noise, key, sample_ids, E, BLOCK: tl.constexpr, WIDE: tl.const
     """One program: a block of one sample."""
     b, start, lane, inside = block_of_program(E, BLOCK)
     z = drawn_block(key, sample_ids, b, start, tl.load(key + 1), BLOCK, WIDE)
-    tl.store(noise + (b * E + start) + lane.to(tl.int64), z, mask=inside)
+    store_block(noise + b * E + start, lane, z, inside)

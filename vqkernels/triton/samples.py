@@ -73,6 +73,11 @@ def load_block(x, lane, inside):
 
 
 @triton.jit
+def store_block(x, lane, values, inside):
+    tl.store(x + lane.to(tl.int64), values, mask=inside)
+
+
+@triton.jit
 def level_at(start, lane, level_size, BLOCK: tl.constexpr):
     """Of lanes behind element `start`, which level of the sample. 32-bit division: what a level
     has beyond a block cannot end in it."""
