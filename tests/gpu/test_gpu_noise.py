@@ -13,8 +13,6 @@ from _helpers.noising import (
     Numbers,
     judge_noising,
     key_on,
-    levels_in,
-    noised,
     run,
     table_of_steps,
 )
@@ -25,14 +23,14 @@ from vqkernels import denoise_coefficients, denoise_step, diffuse, diffusion_los
 from vqkernels.reference import normal_noise as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(3, 1), (2, 3, 8), (2, 2, 3, 5), (2, 701), (4, 4, 16, 16)]
-LARGE = (2, 70001)
+# Samples and how many of their dimensions have levels: few, for each is compiled anew.
+PLACES = [((4, 4, 16, 16), 1), ((4, 64, 24), 2), ((2, 1701), 1), ((2, 3, 7), 2)]
 STEPS = 10
 
 
 def test_normal_noise(triton_backend, device):
     key, numbers = key_on(device), Numbers(device)
-    for shape in (*SHAPES, (0, 3), (2, 0), LARGE):
+    for shape in ((3, 1), (2, 3, 8), (2, 70001), (0, 3), (2, 0)):
         for ids in (None, numbers.ids(shape[0])):
             found = run("normal_noise", triton_backend, shape, key, ids, torch.float32)
             exact = run("normal_noise", "reference", shape, key, ids, torch.float32)
@@ -55,61 +53,64 @@ def test_normals_of_extreme_words(triton_backend, device, only_cuda):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_diffuse(noise_backend, device, dtype):
-    numbers = Numbers(device)
-    for target in TARGETS:
-        for shape in (*SHAPES, LARGE):
-            for arguments in noised(numbers, shape, dtype):
-                judge_noising("diffuse", noise_backend, *arguments, target)
+    numbers, key = Numbers(device), key_on(device)
+    for (shape, dims), target in zip(PLACES, TARGETS, strict=True):
+        weights = numbers.normal(shape[:dims]), numbers.normal(shape[:dims])
+        x0 = numbers.samples_apart(shape, dtype)
+        for given in (
+            (None, key, numbers.ids(shape[0])),
+            (numbers.normal(shape, torch.float16), None, None),
+        ):
+            judge_noising("diffuse", noise_backend, x0, *weights, *given, target)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_diffusion_loss(triton_backend, device, loss, dtype):
-    numbers = Numbers(device)
-    for i, shape in enumerate(SHAPES):
-        for j, arguments in enumerate(noised(numbers, shape, dtype)):
-            at = arguments[1].shape
-            output = numbers.samples_apart(shape, DTYPES[(i + j) % 3])
-            weight = numbers.positive(at) if j % 2 else None
-            delta = None if loss == "mse" else numbers.positive(at)
-            more = (output, *arguments, weight, delta, TARGETS[j % 4], loss)
-            losses = judge_noising("diffusion_loss", triton_backend, *more)
-            assert torch.equal(losses, run("diffusion_loss", triton_backend, *more))
-            # As of a sum over elements: fp16 has no digits for what is far below 1.
-            grad = numbers.normal(at) * (output.numel() // torch.Size(at).numel())
-            needs_x0 = j % 3 > 0
-            judge_noising("diffusion_loss_backward", triton_backend, grad, *more, needs_x0)
+    numbers, key = Numbers(device), key_on(device)
+    for i, ((shape, dims), target) in enumerate(zip(PLACES, TARGETS, strict=True)):
+        at = shape[:dims]
+        weights = numbers.normal(at), numbers.normal(at)
+        output, x0 = numbers.samples_apart(shape, DTYPES[i % 3]), numbers.normal(shape, dtype)
+        rest = (numbers.positive(at), None if loss == "mse" else numbers.positive(at))
+        arguments = (output, x0, *weights, None, key, None, *rest, target, loss)
+        losses = judge_noising("diffusion_loss", triton_backend, *arguments)
+        assert torch.equal(losses, run("diffusion_loss", triton_backend, *arguments))
+        # As of a sum over elements: fp16 has no digits for what is far below 1.
+        grad = numbers.normal(at) * (x0.numel() // torch.Size(at).numel())
+        judge_noising("diffusion_loss_backward", triton_backend, grad, *arguments, i % 2 > 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", ["none", "clip", "dynamic"])
 def test_denoise_step(noise_backend, device, threshold, dtype):
-    """With every term, at every level; guided, rescaled and with a dynamic threshold where the row
-    is one for the sample."""
+    """With every term; guided, rescaled and with a dynamic threshold where the row is one for the
+    sample."""
     numbers, key = Numbers(device), key_on(device)
-    for shape in SHAPES:
+    for i, (shape, dims) in enumerate(PLACES):
+        whole, count = dims == 1, torch.Size(shape[:dims]).numel()
+        if threshold == "dynamic" and not whole:
+            continue
+        index = (torch.arange(count, device=device) * 5 % 7 - 1).reshape(shape[:dims])
         sample = 2 * numbers.normal(shape, dtype)
-        history = [numbers.normal(shape, dtype) for _ in range(4)]
-        for at in ((), *levels_in(shape)):
-            count = torch.Size(at).numel()
-            index = (torch.arange(count, device=device) * 5 % 7 - 1).reshape(at)
-            whole = len(at) < 2
-            if threshold == "dynamic" and not whole:
-                continue
-            for model_dtype in {dtype, torch.bfloat16}:
-                output, uncond, variance = numbers.normal((3, *shape), model_dtype)
-                table = table_of_steps(numbers, whole and sample[0].numel() > 3)
-                noise = numbers.normal(shape, torch.float16)
-                guided = (uncond if whole else None, history)
-                for more in (
-                    (None, [], None, None, None, None),
-                    (*guided, variance, noise, None, None),
-                    (*guided, None, None, key, numbers.ids(shape[0])),
-                ):
-                    arguments = (sample, output, table, index, *more, threshold, 0.9)
-                    judge_noising(
-                        "denoise_step", noise_backend, *arguments, "learned_range", True, True
-                    )
+        output, uncond, variance = numbers.normal((3, *shape), (dtype, torch.bfloat16)[i % 2])
+        history = [numbers.normal(shape, dtype) for _ in range(i + 1)]
+        table = table_of_steps(numbers, rescale=whole)
+        more = (uncond if whole else None, history, variance, None, key, numbers.ids(shape[0]))
+        rest = (threshold, 0.9, "learned_range", True, True)
+        judge_noising("denoise_step", noise_backend, sample, output, table, index, *more, *rest)
+        plain = (None, [], None, numbers.normal(shape, torch.float16), None, None)
+        rest = (threshold, 0.9, "learned_range", False, False)
+        judge_noising(
+            "denoise_step",
+            noise_backend,
+            sample,
+            output,
+            table,
+            index[:1].reshape(-1)[0],
+            *plain,
+            *rest,
+        )
 
 
 def test_quantiles_of_large_samples(noise_backend, device):
@@ -135,7 +136,7 @@ class _Loop:
 
     def __init__(self, device: str, dtype: torch.dtype, threshold: str = "none") -> None:
         numbers = Numbers(device)
-        shape = (4, 4, 32, 32)
+        shape = (4, 4, 16, 16)
         self.start = numbers.normal(shape, dtype)
         self.sample = self.start.clone()
         self.weight = torch.tensor(0.5, device=device, dtype=dtype)
