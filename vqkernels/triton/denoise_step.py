@@ -176,7 +176,7 @@ def _denoise_step(
             )
     for block in range(tl.program_id(0) % spread, blocks_of(E, BLOCK), spread):
         start, lane, inside = block_at(block, E, BLOCK)
-        first = b * E + start
+        base = b * E + start
         if SEVERAL:
             place = b * levels[0] + level_at(start, lane, levels[1], BLOCK)
             row = _row_at(index + place, rows, inside)
@@ -192,7 +192,7 @@ def _denoise_step(
         elif THRESHOLD == "dynamic":
             predicted = clamped(predicted, bound) / bound
         if prediction is not None:
-            store_block(prediction + first, lane, predicted, inside)
+            store_block(prediction + base, lane, predicted, inside)
 
         prev = _sum_of_terms(c + PREV, x, predicted, output)
         if extra is not None:
@@ -203,7 +203,7 @@ def _denoise_step(
             if extra is not None:
                 more = with_term(more, tl.load(c + EXTRA + 3 + i), earlier)
         if extra is not None:
-            store_block(extra + first, lane, more, inside)
+            store_block(extra + base, lane, more, inside)
 
         if (noise is not None) or (key is not None):
             weight = tl.load(c + PREV_NOISE)
@@ -224,7 +224,7 @@ def _denoise_step(
                 v = load_block(variance + b * variance_stride + start, lane, inside)
                 z *= _deviation(v, c, VARIANCE)
             prev = with_term(prev, weight, z)
-        store_block(prev_sample + first, lane, prev, inside)
+        store_block(prev_sample + base, lane, prev, inside)
 
 
 @triton.jit
