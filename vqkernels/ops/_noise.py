@@ -22,7 +22,8 @@ def as_word(name: str, value: int | Tensor, device: torch.device) -> Tensor:
                 f"{name} must be an int or one int64, got {value.dtype} {list(value.shape)}"
             )
         return value.reshape(()).to(device)
-    return torch.tensor(_wrapped(name, value), dtype=torch.int64, device=device)
+    # Filled on the device: a copy from the host would make it wait, and can't be captured.
+    return torch.full((), _wrapped(name, value), dtype=torch.int64, device=device)
 
 
 def noise_key(
