@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -68,7 +69,7 @@ def _term(coefficient: Tensor, x: Tensor) -> Tensor:
 
 def _sum(coefficients: Tensor, operands: list[Tensor]) -> Tensor:
     terms = [_term(c, x) for c, x in zip(coefficients, operands, strict=False)]
-    return torch.stack(terms).sum(0)
+    return functools.reduce(torch.add, terms)  # in order: a sample does not depend on its batch
 
 
 def _guided(output: Tensor, uncond: Tensor, guidance: Tensor, rescale: Tensor) -> Tensor:

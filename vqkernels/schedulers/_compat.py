@@ -16,8 +16,12 @@ FAULTS = {
     "fixed_large_log": "variance_type fixed_large_log takes the root of a negative logarithm",
     "linspace_previous_timestep": "the previous timestep is t - T // N, not the schedule's next",
     "log_linear_levels": "interpolation_type log_linear gives levels that are not the timesteps'",
+    "repeated_timesteps": "a schedule whose first timestep repeats starts at its second row",
     "shift_terminal_nan": "shift_terminal makes the only level of a schedule of one step NaN",
+    "third_order_sde": "the third order of sde-dpmsolver++ adds 1/2 of D2 with the wrong sign",
+    "three_channels": "a learned variance is cut off after three channels, not after the sample's",
     "trailing_extra_timestep": "trailing spacing may end with a timestep -1 that nobody asked for",
+    "training_sigma_order": "add_noise before set_timesteps takes the level of T - 1 - t, not of t",
     "velocity_index": "Euler's get_velocity reads alphas_cumprod at the place in the schedule",
 }
 
