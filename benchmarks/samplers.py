@@ -1,4 +1,4 @@
-"""The steps of samplers as plain PyTorch, from the papers' equations: what `torch.compile` is given,
+"""The steps of samplers as plain PyTorch, from the papers' equations: what `torch.compile` gets,
 and, on float64 tensors, what steps are checked against.
 
 All steps are those of row `ROW` of `STEPS`, with its history filled by the two rows before it.
