@@ -23,7 +23,7 @@ struct StepRooms {
 
 // In place of an operand whose coefficient is 0, so that it counts for nothing, also where it is
 // infinite.
-alignas(64) inline constexpr float kNothing[kNoiseBlock] = {};
+alignas(64) constexpr float kNothing[kNoiseBlock] = {};
 
 inline const float* counted(float coefficient, const float* operand) {
   return coefficient == 0 ? kNothing : operand;
@@ -58,27 +58,46 @@ inline const float* output_of(const DenoiseStep& task, const float* row, float f
   return out;
 }
 
-// prediction = a sample + b output, thresholded; prev = the sum of its three terms.
-template <bool kLimited, bool kScaled, bool kUsed, bool kStored>
-inline void affine_part(const float* row, float limit, const float* sample, const float* output,
-                        int64_t count, float* prediction, float* prev) {
+// prediction = a sample + b output and prev = c sample + d output: without a threshold `prev` is
+// linear in both, whatever it has of the prediction.
+template <bool kStored>
+inline void linear_part(const float* row, const float* sample, const float* output, int64_t count,
+                        float* prediction, float* prev) {
+  const float a = row[step_column::prediction_sample], b = row[step_column::prediction_output];
+  const float* of = row + step_column::prev;
+  const float c = float(of[0] + double(of[1]) * a), d = float(of[2] + double(of[1]) * b);
+  const float *sample1 = counted(a, sample), *output1 = counted(b, output);
+  const float *sample2 = counted(c, sample), *output2 = counted(d, output);
+  each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
+    const vf sum =
+        multiply_add(splat(c), load_at(sample2, at, lanes), splat(d) * load_at(output2, at, lanes));
+    if constexpr (kStored) {
+      store_at(prediction, at, lanes,
+               multiply_add(splat(a), load_at(sample1, at, lanes),
+                            splat(b) * load_at(output1, at, lanes)));
+    }
+    store_at(prev, at, lanes, sum);
+  });
+}
+
+// The same with the prediction limited to [-limit, limit], and divided by the limit if `kScaled`.
+template <bool kScaled, bool kStored>
+inline void limited_part(const float* row, float limit, const float* sample, const float* output,
+                         int64_t count, float* prediction, float* prev) {
   const float a = row[step_column::prediction_sample], b = row[step_column::prediction_output];
   const float* of = row + step_column::prev;
   const float *sample1 = counted(a, sample), *output1 = counted(b, output);
   const float *sample2 = counted(of[0], sample), *output2 = counted(of[2], output);
   const float inverse = 1 / limit;
   each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
-    vf sum = multiply_add(splat(of[0]), load_at(sample2, at, lanes),
-                          splat(of[2]) * load_at(output2, at, lanes));
-    if constexpr (kUsed || kStored) {
-      vf x = multiply_add(splat(a), load_at(sample1, at, lanes),
-                          splat(b) * load_at(output1, at, lanes));
-      if constexpr (kLimited) x = maximum(splat(-limit), minimum(splat(limit), x));
-      if constexpr (kScaled) x *= splat(inverse);
-      if constexpr (kStored) store_at(prediction, at, lanes, x);
-      if constexpr (kUsed) sum = multiply_add(splat(of[1]), x, sum);
-    }
-    store_at(prev, at, lanes, sum);
+    vf x =
+        multiply_add(splat(a), load_at(sample1, at, lanes), splat(b) * load_at(output1, at, lanes));
+    x = maximum(splat(-limit), minimum(splat(limit), x));
+    if constexpr (kScaled) x *= splat(inverse);
+    const vf sum = multiply_add(splat(of[0]), load_at(sample2, at, lanes),
+                                splat(of[2]) * load_at(output2, at, lanes));
+    if constexpr (kStored) store_at(prediction, at, lanes, x);
+    store_at(prev, at, lanes, multiply_add(splat(of[1]), x, sum));
   });
 }
 
@@ -130,15 +149,15 @@ inline void step_stretch(const DenoiseStep& task, int64_t level, const WholeSamp
     prediction = start_block(task.prediction, sample, first, task.streaming, rooms.prediction);
   }
   const float limit = task.threshold == Threshold::clip ? row[step_column::clip] : whole.limit;
-  with_bool(task.threshold != Threshold::none, [&](auto limited) {
-    with_bool(task.threshold == Threshold::dynamic, [&](auto scaled) {
-      with_bool(row[step_column::prev + 1] != 0, [&](auto used) {
-        with_bool(wanted || extra_wanted, [&](auto stored) {
-          affine_part<decltype(limited)::value, decltype(scaled)::value, decltype(used)::value,
-                      decltype(stored)::value>(row, limit, x, output, count, prediction, prev);
-        });
-      });
-    });
+  with_bool(wanted || extra_wanted, [&](auto stored) {
+    constexpr bool kStored = decltype(stored)::value;
+    if (task.threshold == Threshold::none) {
+      linear_part<kStored>(row, x, output, count, prediction, prev);
+    } else if (task.threshold == Threshold::clip) {
+      limited_part<false, kStored>(row, limit, x, output, count, prediction, prev);
+    } else {
+      limited_part<true, kStored>(row, limit, x, output, count, prediction, prev);
+    }
   });
   float* extra = nullptr;
   if (extra_wanted) {

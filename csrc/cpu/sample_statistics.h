@@ -64,7 +64,7 @@ class SampleQuantile {
     const uint32_t most = *std::max_element(bits_.begin(), bits_.end());
     if (most > 0x7f800000u) return bit_cast<float>(most);
     const double rank = ratio * double(last);
-    const int64_t below = std::min(int64_t(rank), last), above = std::min(below + 1, last);
+    const int64_t below = int64_t(rank), above = int64_t(std::ceil(rank));
     const float low = ranked(below), high = above == below ? low : ranked(above);
     return low == high ? low : float(low + (double(high) - low) * (rank - double(below)));
   }

@@ -1,4 +1,4 @@
-"""Samplers: diffusers' schedulers over one step kernel, and rectified flow's Euler loop.
+"""Samplers: diffusers' schedulers over one step kernel, and a sampling loop.
 
 Beside them what training needs of a noise schedule: loss weights, times, conversions.
 """
@@ -23,7 +23,7 @@ from vqkernels.schedulers.flow_match_euler_discrete import FlowMatchEulerDiscret
 from vqkernels.schedulers.flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from vqkernels.schedulers.heun_discrete import HeunDiscreteScheduler
 from vqkernels.schedulers.lcm import LCMScheduler
-from vqkernels.schedulers.rectified_flow import TIME_SCALE, euler_sample
+from vqkernels.schedulers.sampling import SamplingState, sample
 from vqkernels.schedulers.unipc_multistep import UniPCMultistepScheduler
 from vqkernels.schedulers.variational_bound import variational_bound
 from vqkernels.schedulers.weighting import (
@@ -36,7 +36,6 @@ from vqkernels.schedulers.weighting import (
 )
 
 __all__ = [
-    "TIME_SCALE",
     "DDIMInverseScheduler",
     "DDIMScheduler",
     "DDPMIndex",
@@ -53,13 +52,14 @@ __all__ = [
     "LCMScheduler",
     "Level",
     "NoiseTime",
+    "SamplingState",
     "UniPCMultistepScheduler",
     "convert_prediction",
     "edm_weight",
-    "euler_sample",
     "min_snr_weight",
     "p2_weight",
     "rescale",
+    "sample",
     "sample_times",
     "sd3_weight",
     "soft_min_snr_weight",

@@ -40,6 +40,12 @@ class MultistepScheduler(BetaScheduler):
 
     _respacers: tuple[str, ...] = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
     _predictions = (*DISCRETE_PREDICTIONS, "flow_prediction")
+    _remembered: ClassVar[tuple[str, ...]] = (
+        "model_outputs",
+        "lower_order_nums",
+        "_taken",
+        "_begin",
+    )
     _defaults: ClassVar[dict[str, Any]] = {"begin": 0}
     model_outputs: list[Tensor | None]  # converted predictions, the newest last
     lower_order_nums: int

@@ -61,6 +61,7 @@ class Scheduler(Configured):
     _threshold = "none"  # `denoise_step`'s threshold and ratio
     _ratio = 0.995
     _table: Tensor | None = None  # [T, 22] of `denoise_step`, float32
+    _remembered: ClassVar[tuple[str, ...]] = ()  # attributes that a step leaves to the next one
     _defaults: ClassVar[dict[str, Any]] = {}  # arguments of `step` that the table depends on
     _options: dict[str, Any] | None = None  # their values in the present table
     _guidance: tuple[float | Tensor, float | Tensor] = (1.0, 0.0)  # in the table's columns 0 and 1
@@ -69,6 +70,7 @@ class Scheduler(Configured):
     _rows_of: dict[float, list[int]]  # where in `timesteps` a value is
     _step_index: int | None = None
     _begin_index: int | None = None
+    _fresh: dict[str, Any]  # `memory()` before a first step
 
     # The schedule.
 
@@ -81,6 +83,7 @@ class Scheduler(Configured):
         self._rows = torch.arange(len(timesteps), device=device)
         self._step_index = self._begin_index = None
         self._table = self._options = None
+        self._fresh = self.memory()
         if self.numerics == "exact":
             self._tabulate()
 
@@ -194,6 +197,52 @@ class Scheduler(Configured):
 
     def _ends(self) -> str:
         return f"{self._values[0]:g} to {self._values[-1]:g}"
+
+    # A loop that is driven by row numbers: `vqkernels.schedulers.sample`.
+
+    def begin_loop(self) -> None:
+        """Forget the steps of an earlier loop over the same timesteps."""
+        self._check_laid_out()
+        self.set_begin_index(0)
+        self.resume_loop(0, self._fresh)
+
+    def next_sample(
+        self, sample: Tensor, model_output: Tensor, row: int, **operands: Any
+    ) -> Tensor:
+        """`step` by the number of the row, which gives the next sample alone.
+
+        Args:
+            sample, model_output: `[B, ...]`.
+            row: the model call's number, from 0; steps follow one another.
+            **operands: `seed` and `sample_ids` or `noise`; `uncond_output`, `guidance_scale` and
+                `guidance_rescale`.
+
+        Raises:
+            ValueError: a row outside of the schedule, numerics that are not "exact".
+        """
+        if self.numerics != "exact":
+            raise ValueError(f"next_sample needs numerics='exact', got {self.numerics!r}")
+        self._check_laid_out()
+        row = self._inside(row)
+        previous, _ = self._advance(sample, model_output, row, want_prediction=False, **operands)
+        self._step_index = row + 1
+        return previous
+
+    def memory(self) -> dict[str, Any]:
+        """What steps so far leave to the next one, by attribute; tensors are not copied."""
+        return {name: getattr(self, name) for name in self._remembered}
+
+    def resume_loop(self, row: int, memory: dict[str, Any]) -> None:
+        """Go on at a row with what `memory` gave there, at any time or in another process.
+
+        Raises:
+            ValueError: the memory of another kind of scheduler.
+        """
+        if set(memory) != set(self._remembered):
+            raise ValueError(f"memory must hold {sorted(self._remembered)}, got {sorted(memory)}")
+        for name, value in memory.items():
+            setattr(self, name, value)
+        self._step_index = row
 
     # A step.
 

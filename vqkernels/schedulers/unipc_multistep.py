@@ -54,6 +54,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
     """
 
     _compatibles = KARRAS_SCHEDULERS
+    _remembered = (*MultistepScheduler._remembered, "last_sample")
     last_sample: Tensor | None
 
     @configured
