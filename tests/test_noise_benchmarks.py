@@ -12,7 +12,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks import targets
+from benchmarks import coefficient_error, targets
 from benchmarks.bench_modulation import EAGER, FRESH, REUSED
 from benchmarks.bench_noise import DIFFUSERS, DiffuseCase, LossCase
 from benchmarks.bench_scheduler_step import LoopCase, OpCase, StepCase
@@ -162,3 +162,27 @@ def test_rows_know_their_size() -> None:
     row = DiffuseCase("small", SIZE, "bfloat16")
     assert (row.elements, row.bytes_moved) == (3072, 3 * 2 * 3072.0)
     assert dataclasses.replace(row, dtype="float32").bytes_moved == 3 * 4 * 3072.0
+
+
+def test_weights_in_bf16_are_as_the_docs_say(capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("diffusers")
+    lost = {"linear": 10, "scaled_linear": 2, "squaredcos_cap_v2": 21}
+    for schedule, count in lost.items():
+        for weight in coefficient_error.WEIGHTS:
+            exact, ours, theirs = coefficient_error.errors(schedule, weight)
+            assert float(ours.max()) < 0.0039
+            without = (theirs == 1).nonzero().flatten().tolist()
+            assert without == (list(range(count)) if weight == "noise" else [])
+            assert exact.diff().sign().unique().tolist() == [1.0 if weight == "noise" else -1.0]
+    coefficient_error.main([])
+    assert "without any noise: ours 0, diffusers 21 timesteps" in capsys.readouterr().out
+    # The page has the numbers of today's diffusers.
+    page = (Path(__file__).parents[1] / "docs" / "noise.md").read_text()
+    assert "| timesteps without noise | | 0 | 10 | | 0 | 2 | | 0 | 21 |" in page
+
+
+def test_a_picture_of_weights(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("matplotlib")
+    coefficient_error.main([str(tmp_path / "weights.png")])
+    assert (tmp_path / "weights.png").read_bytes().startswith(b"\x89PNG")
