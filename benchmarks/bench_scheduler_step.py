@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from .bench_modulation import EAGER, FRESH, REUSED, keep_freed_memory
-from .bench_noise import DIFFUSERS, SEED, Call, NoiseRow, compiled, not_normal
+from .bench_noise import (
+    DIFFUSERS,
+    NORMAL_OPERATIONS,
+    SEED,
+    Call,
+    NoiseRow,
+    compiled,
+    not_normal,
+)
 from .case import OURS, Check, Provider, Variant
 from .checks import judged
 from .samplers import DDPM_STD, GUIDANCE, ROW, SAMPLERS, STEPS, Sampler
@@ -87,7 +95,8 @@ class StepCase(NoiseRow):
 
     @property
     def operations(self) -> float:
-        return 0.0  # memory bounds all of them but the noise
+        """Of the noise; memory bounds the rest by far."""
+        return float(self.elements * NORMAL_OPERATIONS if self.what.guided else 0)
 
     @property
     def bytes_moved(self) -> float:
