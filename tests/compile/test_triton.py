@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
 from launches import Variant, variants  # noqa: E402
+from noise_launches import WIDE  # noqa: E402
 from resource_table import TABLE  # noqa: E402
 from targets import CAPABILITIES, Compiled, Launch, compiled, recorded  # noqa: E402
 
@@ -81,6 +82,9 @@ def test_compiles_within_its_means(variant: Variant):
     assert not any(loop["LDL"] + loop["STL"] for loop in result.code.innermost_loops), (
         "spills in a loop"
     )
+    if wide := WIDE.get((variant.kernel, variant.name)):
+        assert (result.code.wide["LDG"], result.code.wide["STG"]) == wide
+        assert result.shared == 0 or variant.kernel == "_sum_losses", "normals change hands"
     if variant.config is not None and variant.config.rows == 0:
         _check_minimum(result, variant)
     TABLE.check(_key(_COMPILER, variant), result.needs)

@@ -24,7 +24,8 @@ BETAS = {
 
 
 def check(config: dict[str, Any], **kwargs: Any) -> None:
-    check_loops(UniPCMultistepScheduler, Theirs, config, **kwargs)
+    """The loops edit no sample: the correction of it is that of the last one."""
+    check_loops(UniPCMultistepScheduler, Theirs, config, fixed=("discarded_edits",), **kwargs)
 
 
 def ends_of(solver_type: str, predict_x0: bool) -> str:
@@ -313,7 +314,8 @@ def test_guidance_in_the_step() -> None:
         run(UniPCMultistepScheduler(numerics="diffusers"), 2, uncond_output=x)
 
 
-def test_one_call_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("edits_count", [True, False])
+def test_one_call_a_step(monkeypatch: pytest.MonkeyPatch, edits_count: bool) -> None:
     """Correction and prediction are one call of the op, and no tensor is asked for its value."""
     from vqkernels.schedulers import _scheduler
 
@@ -321,13 +323,14 @@ def test_one_call_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     op = _scheduler.denoise_step
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs["want_extra"])
+        calls.append((len(kwargs["history"]), kwargs.get("want_extra", False)))
         return op(*args, **kwargs)
 
     def forbidden(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a step asked a tensor for its value")
 
-    scheduler = UniPCMultistepScheduler(solver_order=3, disable_corrector=[3])
+    compat = () if edits_count else ("discarded_edits",)
+    scheduler = UniPCMultistepScheduler(solver_order=3, disable_corrector=[3], compat=compat)
     scheduler.set_timesteps(6)
     scheduler.set_begin_index(0)
     x = start()
@@ -337,8 +340,40 @@ def test_one_call_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Tensor, name, forbidden)
     for output, t in zip(outputs, scheduler.timesteps, strict=True):
         x = scheduler.step(output, t, x).prev_sample
-    # The corrected sample is written where it is not the sample itself and a correction follows.
-    assert calls == [False, True, True, False, False, False]
+    if edits_count:
+        assert calls == [(0, False), (1, False), (2, False), *[(3, False)] * 3]
+    else:
+        # The corrected sample is written where it is not the sample itself and is read again.
+        wanted = [False, True, True, False, False, False]
+        assert calls == list(zip([0, 2, 3, 4, 4, 4], wanted, strict=True))
+
+
+def test_edits_between_steps_stay() -> None:
+    """A pipeline sets what is known in the sample: diffusers' corrector starts from the last
+    sample and loses it.
+    """
+    mask = torch.zeros(start().shape, dtype=torch.bool)
+    mask[..., 0] = True
+
+    def edited(scheduler: Any, changes: bool = True) -> Tensor:
+        scheduler.set_timesteps(7)
+        x = start()
+        for i, t in enumerate(scheduler.timesteps[:4]):
+            x = scheduler.step(model(start(), torch.tensor(i)), t, x).prev_sample
+            if changes and i == 2:
+                x = torch.where(mask, 100.0, x)
+        return x
+
+    config = {"prediction_type": "sample"}
+    ours = UniPCMultistepScheduler(**config)
+    plain, changed = edited(ours, changes=False), edited(ours)
+    assert error(plain, edited(Theirs(**config), changes=False)) <= 1e-5
+    assert torch.equal(changed[~mask], plain[~mask])
+    assert changed[mask].min() > 20
+
+    assert torch.equal(edited(Theirs(**config)), edited(Theirs(**config), changes=False))
+    compat = UniPCMultistepScheduler(**config, compat=("discarded_edits",))
+    assert torch.equal(edited(compat), edited(compat, changes=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

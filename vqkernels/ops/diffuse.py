@@ -173,7 +173,8 @@ def diffuse(
             check_out(name, tensor, x0.shape, x0.dtype)
         run_without_gradient(_diffuse, _kernels, arguments, backend, out)
         return out
-    if torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:4] if t is not None):
+    leaves = (x0, alpha, sigma, noise)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
         x_t, wanted = _diffuse(*arguments, backend)
     else:
         x_t, wanted = run_without_gradient(_diffuse, _kernels, arguments, backend)

@@ -10,6 +10,7 @@ NUMERICS = ("exact", "diffusers")
 FAULTS = {
     "ancestral_nan": "EulerAncestral takes the root of a difference that rounding made negative",
     "bf16_noise": "add_noise and get_velocity round alphas to half precision and lose the noise",
+    "discarded_edits": "UniPC corrects the last sample, and loses what was done to this one since",
     "double_shift": "flow sigmas are shifted again from limits that were shifted already",
     "edm_sigmas": "EDMEuler takes custom sigmas for places in [0, 1] between its own",
     "final_step_noise": "noise is added to the finished sample when the last timestep isn't 0",

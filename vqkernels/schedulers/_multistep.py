@@ -129,9 +129,6 @@ class MultistepScheduler(BetaScheduler):
             )
         return timesteps
 
-    def _training_levels(self, alphas_cumprod: Tensor) -> Levels:
-        return variance_exploding_sigmas(alphas_cumprod)
-
     def _trained_levels(self, places: Levels, steps: int) -> tuple[Levels, Levels]:
         """Respaced levels, or else those at timesteps: in float64, and in diffusers' arithmetic."""
         respaced = any(self.config.get(name) for name in self._respacers)
@@ -139,20 +136,20 @@ class MultistepScheduler(BetaScheduler):
         def levels(alphas_cumprod: Tensor) -> Levels:
             if respaced:
                 return self._respaced(alphas_cumprod, steps)
-            trained = self._training_levels(alphas_cumprod)
+            trained = variance_exploding_sigmas(alphas_cumprod)
             return np.interp(places, np.arange(len(trained)), trained)
 
         return levels(self._alphas_cumprod), levels(self._single)
 
     def _respaced(self, alphas_cumprod: Tensor, steps: int) -> Levels:
-        levels = self._training_levels(alphas_cumprod)
+        levels = variance_exploding_sigmas(alphas_cumprod)
         name = respacing_of(self.config)
         assert name is not None
         # sigma_min and sigma_max of another class's config count here too, as in diffusers.
         return respaced_like(self.config, name, levels[::-1], steps)
 
     def _timesteps_of(self, levels: Levels) -> Levels:
-        return sigma_to_t(levels, np.log(self._training_levels(self._single)))
+        return sigma_to_t(levels, np.log(variance_exploding_sigmas(self._single)))
 
     def _finish(
         self,

@@ -96,10 +96,10 @@ class DDPMIndex:
     alphas_cumprod: Tensor
 
     def level(self) -> Level:
-        """Raises ValueError for a position outside [0, T - 1]."""
-        logs = _log_ratios(self.alphas_cumprod)
+        """Raises ValueError for a position outside [0, T - 1], where reading it does not wait."""
+        logs = _log_ratios(self.alphas_cumprod).to(self.t.device)
         t = self.t.double()
-        if t.numel() and not bool(((t >= 0) & (t <= len(logs) - 1)).all()):
+        if t.device.type == "cpu" and not bool(((t >= 0) & (t <= len(logs) - 1)).all()):
             raise ValueError(
                 f"t must lie in [0, {len(logs) - 1}], got values from {t.min()} to {t.max()}"
             )
@@ -114,7 +114,7 @@ class DDPMIndex:
     @classmethod
     def at(cls, level: Level, alphas_cumprod: Tensor) -> DDPMIndex:
         """The position, maybe between two entries; levels beyond the table take its ends."""
-        logs = _log_ratios(alphas_cumprod)
+        logs = _log_ratios(alphas_cumprod).to(level.alpha.device)
         log = level.sigma.log() - level.alpha.log()
         above = torch.searchsorted(logs, log.contiguous()).clamp(1, len(logs) - 1)
         low, high = logs[above - 1], logs[above]

@@ -26,7 +26,7 @@ from vqkernels.schedulers._multistep_as_diffusers import (
 from vqkernels.schedulers._multistep_rows import dpm_solver, usable_order
 from vqkernels.schedulers._noise import Generators
 from vqkernels.schedulers._scheduler import SchedulerOutput
-from vqkernels.schedulers._sigmas import Levels, shift_sigmas
+from vqkernels.schedulers._sigmas import Levels, shift_sigmas, variance_exploding_sigmas
 from vqkernels.schedulers._spacing import check_custom_timesteps
 
 ALGORITHMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
@@ -190,7 +190,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
     def _respaced(self, alphas_cumprod: Tensor, steps: int) -> Levels:
         if self.config.use_karras_sigmas or not self.config.use_lu_lambdas:  # in diffusers' order
             return super()._respaced(alphas_cumprod, steps)
-        logs = np.log(self._training_levels(alphas_cumprod))
+        logs = np.log(variance_exploding_sigmas(alphas_cumprod))
         low, high = logs[0].item(), logs[-1].item()
         levels: Levels = np.exp(high + np.linspace(0, 1, steps) * (low - high))
         return levels

@@ -40,8 +40,9 @@ _NEARLY_NOISE = 1e-6  # what diffusers leaves of the data at a flow's start: lam
 class UniPCMultistepScheduler(MultistepScheduler):
     """Each step first corrects its sample with the new prediction, then predicts the next one.
 
-    Both are one pass: the next sample is linear in the last corrected sample and the predictions.
-    Equations: docs/schedulers.md.
+    Both are one pass: the sample is the last corrected one and predictions, added up by the
+    predictor; the corrector's weights of the same are another sum, and the difference is linear in
+    the predictions alone. Equations: docs/schedulers.md.
 
     Args:
         num_train_timesteps .. shift_terminal: as in diffusers; docs/schedulers.md lists them.
@@ -115,6 +116,7 @@ class UniPCMultistepScheduler(MultistepScheduler):
                 "as numerics='diffusers' does"
             )
         self.predict_x0 = predict_x0
+        self._from_last = "discarded_edits" in self.compat
         self.disable_corrector = list(disable_corrector)
         self._rename(disable_corrector=self.disable_corrector)
         self._set_up()
@@ -219,24 +221,29 @@ class UniPCMultistepScheduler(MultistepScheduler):
         # Of the last corrected sample, this step's sample and prediction, and earlier predictions.
         corrected = torch.zeros(6, rows, dtype=torch.float64)
         previous = torch.zeros(6, rows, dtype=torch.float64)
+        predicted = torch.zeros(0, dtype=torch.float64)
         orders = [self._order(row, max(row - begin, 0)) for row in range(rows)]
         for row in range(rows):
+            corrected[1, row] = 1
             if self._corrects(row, begin):
                 order = usable_order(path, row - 1, orders[row - 1])
                 step = unipc_corrector(path, row - 1, order, solver, data)
-                corrected[0, row] = step.sample
                 corrected[2 : 3 + order, row] = torch.tensor(step.predictions, dtype=torch.float64)
-            else:
-                corrected[1, row] = 1
+                if self._from_last:
+                    corrected[:2, row] = torch.tensor([step.sample, 0])
+                else:  # the sample holds the last one, moved as the predictor has it
+                    corrected[3 : 3 + order, row] -= predicted
             order = usable_order(path, row, orders[row])
             step = unipc_predictor(path, row, order, solver, data)
+            predicted = torch.tensor(step.predictions, dtype=torch.float64)
             previous[:, row] = step.sample * corrected[:, row]
-            previous[2 : 2 + order, row] += torch.tensor(step.predictions, dtype=torch.float64)
+            previous[2 : 2 + order, row] += predicted
         columns: dict[str, Tensor | float] = {"clip": self._clip()}
-        for name, weights in (("prev", previous), ("extra", corrected)):
-            columns[f"{name}_history_0"] = weights[0]
+        results = {"prev": previous, "extra": corrected} if self._from_last else {"prev": previous}
+        for name, weights in results.items():
+            history = weights[[0, 3, 4, 5]] if self._from_last else weights[3:]
+            columns |= {f"{name}_history_{k}": weight for k, weight in enumerate(history)}
             columns |= self._with_prediction(name, data, weights[1], weights[2])
-            columns |= {f"{name}_history_{k}": weights[2 + k] for k in (1, 2, 3)}
         of_sample, of_output = self._to_prediction(data)
         return columns | {"prediction_sample": of_sample, "prediction_output": of_output}
 
@@ -256,8 +263,8 @@ class UniPCMultistepScheduler(MultistepScheduler):
         """The sample at the next timestep of the schedule.
 
         Args:
-            model_output, sample: `[B, ...]`. The sample is kept for the next step: do not write
-                into it.
+            model_output, sample: `[B, ...]`. What was changed in the sample since the last step
+                (where it is known, say) stays: the correction is added to it.
             timestep: one of `timesteps`; looked up at the first step of a loop only.
             return_dict: a SchedulerOutput, else `(prev_sample,)`.
             uncond_output, guidance_scale, guidance_rescale: classifier-free guidance in the same
@@ -298,19 +305,17 @@ class UniPCMultistepScheduler(MultistepScheduler):
         row = self._row_of(index)
         if self._taken == 0:
             self._start(row)
-        # What the next step corrects from, written unless it is the sample itself.
-        corrects = self._corrects(row, self._begin) and self._corrects(row + 1, self._begin)
         operands["want_prediction"] = True
-        result = self._denoise(
-            sample,
-            model_output,
-            index,
-            history=[] if self.last_sample is None else [self.last_sample, *self._earlier()],
-            want_extra=corrects and row + 1 < len(self._values),
-            **operands,
-        )
+        history = self._earlier()
+        if self._from_last:
+            # The corrected sample, written where it isn't the sample itself and is read again.
+            reads = [self._corrects(row, self._begin), self._corrects(row + 1, self._begin)]
+            operands["want_extra"] = all(reads) and row + 1 < len(self._values)
+            history = [self.last_sample, *history] if self.last_sample is not None else []
+        result = self._denoise(sample, model_output, index, history=history, **operands)
         self._remember(result.prediction)
-        self.last_sample = sample if result.extra is None else result.extra
+        if self._from_last:
+            self.last_sample = sample if result.extra is None else result.extra
         return result.prev_sample, result.prediction
 
     def _step_as_diffusers(self, model_output: Tensor, row: int, sample: Tensor) -> Tensor:
