@@ -260,6 +260,7 @@ class LoopCase(StepCase):
                 sample = scheduler.step(output, t, sample, return_dict=False)[0]
             return [sample]
 
+        call()
         return call
 
     def check(self, inputs: Inputs, outputs: Mapping[str, Any]) -> dict[str, Check]:
@@ -291,7 +292,12 @@ class OpCase(StepCase):
         table, row = self.scheduler(schedulers).coefficients, torch.tensor(ROW)
         sample, output = inputs.samples[-1], inputs.outputs[-1]
         out = torch.empty_like(sample) if self.memory == REUSED else None
-        return lambda: [denoise_step(sample, output, table, index=row, out=out).prev_sample]
+
+        def call() -> list[Tensor]:
+            return [denoise_step(sample, output, table, index=row, out=out).prev_sample]
+
+        call()  # as the others, for their peak of memory
+        return call
 
 
 def _cases() -> tuple[StepCase, ...]:
