@@ -106,7 +106,9 @@ class StepCase(NoiseRow):
         keep_freed_memory(self.memory == REUSED)
         torch.manual_seed(0)
         drawn = self.draw(7)
-        return Inputs(drawn[:3], drawn[3:6], drawn[6])
+        outputs = drawn[3:6]
+        samples = self.what.loop([t.double() for t in drawn[:3]], [t.double() for t in outputs])
+        return Inputs([t.to(drawn[0].dtype) for t in samples], outputs, drawn[6])
 
     def providers(self) -> tuple[Provider, ...]:
         return (
