@@ -201,6 +201,16 @@ def _views(calls: CudaCalls) -> None:
         check_step(calls, x, cond, TABLE, index=torch.tensor(2), uncond_output=uncond)
 
 
+def _far_mean(calls: CudaCalls) -> None:
+    """A mean far above the deviation, and a first element far from all others, cost no digits."""
+    draw = Draw()
+    for at in (300.0, -5000.0):
+        output, uncond = draw(2, 1500) + at, draw(2, 1500) + at
+        output[:, 0] += 4 * at
+        check_step(calls, draw(2, 1500), output, rescaled(), index=torch.tensor(2),
+                   uncond_output=uncond)  # fmt: skip
+
+
 def _in_place(calls: CudaCalls) -> None:
     draw = Draw()
     for more in ({}, {"threshold": "dynamic", "ratio": 0.8}, {"threshold": "clip"}):
@@ -226,6 +236,7 @@ def _not_numbers(calls: CudaCalls) -> None:
         for more in (
             {"threshold": "clip"},
             {"threshold": "dynamic"},
+            {"threshold": "dynamic", "ratio": 0.5},
             {"uncond_output": uncond},
             {"uncond_output": uncond, "threshold": "dynamic"},
         ):
@@ -294,6 +305,7 @@ def cases() -> list[Case]:
         _step("dynamic-guided", (2, 4300), (BF16, FP16), 1, "uk1", rescaled(), several,
               threshold="dynamic", ratio=0.7),
         Case("noise-views", _views),
+        Case("noise-far-mean", _far_mean),
         Case("noise-in-place", _in_place),
         Case("noise-not-numbers", _not_numbers),
         Case("noise-ranks", _ranks),
