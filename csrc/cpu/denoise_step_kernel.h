@@ -18,15 +18,64 @@ struct WholeSample {
 };
 
 struct StepRooms {
-  NoiseRoom sample, output, uncond, entry, variance, noise, prediction, prev, extra;
+  NoiseRoom sample, output, uncond, history[DenoiseStep::kHistory];
+  NoiseRoom noise, variance, scaled, prediction, prev, extra;
 };
 
-// In place of an operand whose coefficient is 0, so that it counts for nothing, also where it is
-// infinite.
-alignas(64) inline constexpr float kNothing[kNoiseBlock] = {};
+// A sum of weighted operands. A weight of 0 leaves its operand out, also where it is infinite.
+struct Combination {
+  static constexpr int kMost = 4 + DenoiseStep::kHistory;
 
-inline const float* counted(float coefficient, const float* operand) {
-  return coefficient == 0 ? kNothing : operand;
+  void add(double weight, const float* operand) {
+    if (float(weight) == 0) return;
+    weights[count] = float(weight);
+    operands[count++] = operand;
+  }
+
+  bool same_operands(const Combination& other) const {
+    return count == other.count && std::equal(operands, operands + count, other.operands);
+  }
+
+  int count = 0;
+  float weights[kMost];
+  const float* operands[kMost];
+};
+
+// Several combinations of the same operands. An operand's numbers are read before those at its
+// place are written.
+template <int kOperands, int kSums>
+inline void combine_all(const Combination* sums, float* const* out, int64_t count) {
+  each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
+    vf values[kOperands];
+    for (int i = 0; i < kOperands; ++i) values[i] = load_at(sums[0].operands[i], at, lanes);
+    for (int s = 0; s < kSums; ++s) {
+      vf sum = splat(sums[s].weights[0]) * values[0];
+      for (int i = 1; i < kOperands; ++i) {
+        sum = multiply_add(splat(sums[s].weights[i]), values[i], sum);
+      }
+      store_at(out[s], at, lanes, sum);
+    }
+  });
+}
+
+template <int kSums, int kOperands = Combination::kMost>
+inline void combine(const Combination* sums, float* const* out, int64_t count) {
+  if constexpr (kOperands == 0) {
+    for (int s = 0; s < kSums; ++s) std::fill(out[s], out[s] + count, 0.0f);
+  } else if (sums[0].count == kOperands) {
+    combine_all<kOperands, kSums>(sums, out, count);
+  } else {
+    combine<kSums, kOperands - 1>(sums, out, count);
+  }
+}
+
+// Together if they have the same operands, which are read once then; else in this order.
+inline void combine(const Combination* sums, float* const* out, int sum_count, int64_t count) {
+  bool same = true;
+  for (int s = 1; s < sum_count; ++s) same = same && sums[s].same_operands(sums[0]);
+  if (same && sum_count == 3) return combine<3>(sums, out, count);
+  if (same && sum_count == 2) return combine<2>(sums, out, count);
+  for (int s = 0; s < sum_count; ++s) combine<1>(sums + s, out + s, count);
 }
 
 inline int64_t row_number(const DenoiseStep& task, int64_t level) {
@@ -58,45 +107,17 @@ inline const float* output_of(const DenoiseStep& task, const float* row, float f
   return out;
 }
 
-// prediction = a sample + b output, thresholded; prev = the sum of its three terms.
-template <bool kLimited, bool kScaled, bool kUsed, bool kStored>
-inline void affine_part(const float* row, float limit, const float* sample, const float* output,
-                        int64_t count, float* prediction, float* prev) {
-  const float a = row[step_column::prediction_sample], b = row[step_column::prediction_output];
-  const float* of = row + step_column::prev;
-  const float *sample1 = counted(a, sample), *output1 = counted(b, output);
-  const float *sample2 = counted(of[0], sample), *output2 = counted(of[2], output);
-  const float inverse = 1 / limit;
+// A prediction limited to [-limit, limit], and divided by the limit if `scaled`.
+template <int kOperands>
+inline void limited_prediction(const Combination& predicted, float limit, bool scaled,
+                               int64_t count, float* prediction) {
+  const vf most = splat(limit), least = splat(-limit), factor = splat(scaled ? 1 / limit : 1.0f);
   each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
-    vf sum = multiply_add(splat(of[0]), load_at(sample2, at, lanes),
-                          splat(of[2]) * load_at(output2, at, lanes));
-    if constexpr (kUsed || kStored) {
-      vf x = multiply_add(splat(a), load_at(sample1, at, lanes),
-                          splat(b) * load_at(output1, at, lanes));
-      if constexpr (kLimited) x = maximum(splat(-limit), minimum(splat(limit), x));
-      if constexpr (kScaled) x *= splat(inverse);
-      if constexpr (kStored) store_at(prediction, at, lanes, x);
-      if constexpr (kUsed) sum = multiply_add(splat(of[1]), x, sum);
+    vf x{};
+    for (int i = 0; i < kOperands; ++i) {
+      x = multiply_add(splat(predicted.weights[i]), load_at(predicted.operands[i], at, lanes), x);
     }
-    store_at(prev, at, lanes, sum);
-  });
-}
-
-template <typename F>
-inline void with_bool(bool value, const F& f) {
-  if (value) {
-    f(std::true_type());
-  } else {
-    f(std::false_type());
-  }
-}
-
-inline void add_term(float coefficient, const float* operand, int64_t count, float* sum) {
-  if (coefficient == 0) return;
-  each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
-    store_at(
-        sum, at, lanes,
-        multiply_add(splat(coefficient), load_at(operand, at, lanes), load_at(sum, at, lanes)));
+    store_at(prediction, at, lanes, maximum(least, minimum(most, x)) * factor);
   });
 }
 
@@ -115,66 +136,94 @@ inline void scale_noise(const DenoiseStep& task, const float* row, const float* 
   });
 }
 
+// The noise of a stretch, times what the model says of its deviation.
+inline const float* noise_of(const DenoiseStep& task, int64_t level, int64_t sample, int64_t first,
+                             int64_t count, StepRooms& rooms) {
+  const float* z;
+  if (task.keyed) {
+    const uint32_t step = task.key.step + uint32_t(row_number(task, level));
+    z = fill_normals(task.key, task.key.sample_id(sample), step, first, count, rooms.noise.floats);
+  } else {
+    z = read_block(task.noise, sample, first, count, rooms.noise);
+  }
+  if (task.variance.data == nullptr) return z;
+  const float* v = read_block(task.variance, sample, first, count, rooms.variance);
+  scale_noise(task, row_of(task, level), v, count, z, rooms.scaled.floats);
+  return rooms.scaled.floats;
+}
+
 inline void step_stretch(const DenoiseStep& task, int64_t level, const WholeSample& whole,
                          int64_t sample, int64_t first, int64_t count, StepRooms& rooms) {
   const float* row = row_of(task, level);
   const float* x = read_block(task.sample, sample, first, count, rooms.sample);
   const float* output = output_of(task, row, whole.output_factor, sample, first, count, rooms);
-
-  const bool wanted = task.prediction.data != nullptr, extra_wanted = task.extra.data != nullptr;
-  // `prev` may take the place of an operand that is read again, or later.
-  const bool kept = task.streaming || extra_wanted || task.history[0].data != nullptr;
-  float* prev = start_block(task.prev, sample, first, kept, rooms.prev);
+  const auto start = [&](const Samples& to, NoiseRoom& room) {
+    return start_block(to, sample, first, task.streaming, room);
+  };
+  Combination predicted;
+  predicted.add(row[step_column::prediction_sample], x);
+  predicted.add(row[step_column::prediction_output], output);
+  const bool limited = task.threshold != Threshold::none;
   float* prediction = rooms.prediction.floats;
-  if (wanted) {
-    prediction = start_block(task.prediction, sample, first, task.streaming, rooms.prediction);
+  if (task.prediction.data != nullptr) prediction = start(task.prediction, rooms.prediction);
+  if (limited) {
+    const bool scaled = task.threshold == Threshold::dynamic;
+    const float limit = scaled ? whole.limit : row[step_column::clip];
+    const auto limited_of = predicted.count == 2   ? limited_prediction<2>
+                            : predicted.count == 1 ? limited_prediction<1>
+                                                   : limited_prediction<0>;
+    limited_of(predicted, limit, scaled, count, prediction);
   }
-  const float limit = task.threshold == Threshold::clip ? row[step_column::clip] : whole.limit;
-  with_bool(task.threshold != Threshold::none, [&](auto limited) {
-    with_bool(task.threshold == Threshold::dynamic, [&](auto scaled) {
-      with_bool(row[step_column::prev + 1] != 0, [&](auto used) {
-        with_bool(wanted || extra_wanted, [&](auto stored) {
-          affine_part<decltype(limited)::value, decltype(scaled)::value, decltype(used)::value,
-                      decltype(stored)::value>(row, limit, x, output, count, prediction, prev);
-        });
-      });
-    });
-  });
+
+  const float* history[DenoiseStep::kHistory];
+  for (int i = 0; i < DenoiseStep::kHistory; ++i) {
+    if (task.history[i].data == nullptr) break;
+    history[i] = read_block(task.history[i], sample, first, count, rooms.history[i]);
+  }
+  const auto combination = [&](const float* of) {
+    Combination sum;
+    double of_sample = of[0], of_output = of[2];
+    if (!limited) {  // the prediction is itself a sum, of which no digits are lost here
+      of_sample += double(of[1]) * row[step_column::prediction_sample];
+      of_output += double(of[1]) * row[step_column::prediction_output];
+    }
+    sum.add(of_sample, x);
+    sum.add(of_output, output);
+    if (limited) sum.add(of[1], prediction);
+    for (int i = 0; i < DenoiseStep::kHistory && task.history[i].data != nullptr; ++i) {
+      sum.add(of[3 + i], history[i]);
+    }
+    return sum;
+  };
+  // `prev` comes last: it may take the place of an operand.
+  Combination sums[3];
+  float* out[3];
+  int sum_count = 0;
+  const auto write = [&](const Combination& sum, float* place) {
+    sums[sum_count] = sum;
+    out[sum_count++] = place;
+  };
+  if (task.prediction.data != nullptr && !limited) write(predicted, prediction);
   float* extra = nullptr;
-  if (extra_wanted) {
-    extra = rooms.extra.floats;
-    std::fill(extra, extra + count, 0.0f);
-    const float* operands[] = {x, prediction, output};
-    for (int i = 0; i < 3; ++i) add_term(row[step_column::extra + i], operands[i], count, extra);
+  if (task.extra.data != nullptr) {
+    write(combination(row + step_column::extra), extra = start(task.extra, rooms.extra));
   }
-  for (int i = 0; i < DenoiseStep::kHistory && task.history[i].data != nullptr; ++i) {
-    const float to_prev = row[step_column::prev + 3 + i];
-    const float to_extra = extra_wanted ? row[step_column::extra + 3 + i] : 0;
-    if (to_prev == 0 && to_extra == 0) continue;
-    const float* entry = read_block(task.history[i], sample, first, count, rooms.entry);
-    add_term(to_prev, entry, count, prev);
-    add_term(to_extra, entry, count, extra);
-  }
+  Combination to_prev = combination(row + step_column::prev);
   const float to_noise = row[step_column::prev_noise];
   if (to_noise != 0 && (task.keyed || task.noise.data != nullptr)) {
-    const float* z;
-    if (task.keyed) {
-      const uint32_t step = task.key.step + uint32_t(row_number(task, level));
-      z = fill_normals(task.key, task.key.sample_id(sample), step, first, count,
-                       rooms.noise.floats);
-    } else {
-      z = read_block(task.noise, sample, first, count, rooms.noise);
-    }
-    if (task.variance.data != nullptr) {
-      const float* v = read_block(task.variance, sample, first, count, rooms.variance);
-      scale_noise(task, row, v, count, z, rooms.entry.floats);
-      z = rooms.entry.floats;
-    }
-    add_term(to_noise, z, count, prev);
+    to_prev.add(to_noise, noise_of(task, level, sample, first, count, rooms));
   }
+  float* prev = start(task.prev, rooms.prev);
+  write(to_prev, prev);
+  combine(sums, out, sum_count, count);
+
   finish_block(prev, task.prev, sample, first, count, task.streaming);
-  if (wanted) finish_block(prediction, task.prediction, sample, first, count, task.streaming);
-  if (extra_wanted) finish_block(extra, task.extra, sample, first, count, task.streaming);
+  if (task.prediction.data != nullptr) {
+    finish_block(prediction, task.prediction, sample, first, count, task.streaming);
+  }
+  if (extra != nullptr) {
+    finish_block(extra, task.extra, sample, first, count, task.streaming);
+  }
 }
 
 // Quantile and deviations of a sample come from passes of their own over it.
@@ -187,7 +236,7 @@ inline WholeSample whole_sample(const DenoiseStep& task, int64_t sample, StepRoo
     Deviation given, with_guidance;
     for (int64_t first = 0; first < elements; first += kNoiseBlock) {
       const int64_t count = std::min(kNoiseBlock, elements - first);
-      given.add(read_block(task.model_output, sample, first, count, rooms.entry), count);
+      given.add(read_block(task.model_output, sample, first, count, rooms.scaled), count);
       with_guidance.add(output_of(task, row, 1, sample, first, count, rooms), count);
     }
     const double ratio = given.deviation() / with_guidance.deviation();
@@ -195,19 +244,16 @@ inline WholeSample whole_sample(const DenoiseStep& task, int64_t sample, StepRoo
   }
   if (task.threshold == Threshold::dynamic) {
     SampleQuantile sizes(elements);
-    const float a = row[step_column::prediction_sample], b = row[step_column::prediction_output];
     for (int64_t first = 0; first < elements; first += kNoiseBlock) {
       const int64_t count = std::min(kNoiseBlock, elements - first);
-      const float* x = read_block(task.sample, sample, first, count, rooms.sample);
-      const float* output = output_of(task, row, whole.output_factor, sample, first, count, rooms);
-      const float *sample1 = counted(a, x), *output1 = counted(b, output);
-      float* sizes_here = rooms.prediction.floats;
-      each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
-        const vf value = multiply_add(splat(a), load_at(sample1, at, lanes),
-                                      splat(b) * load_at(output1, at, lanes));
-        store_at(sizes_here, at, lanes, (vf)((vi)value & splat(int32_t(0x7fffffff))));
-      });
-      sizes.add(sizes_here, count);
+      Combination predicted;
+      predicted.add(row[step_column::prediction_sample],
+                    read_block(task.sample, sample, first, count, rooms.sample));
+      predicted.add(row[step_column::prediction_output],
+                    output_of(task, row, whole.output_factor, sample, first, count, rooms));
+      float* values = rooms.prediction.floats;
+      combine(&predicted, &values, 1, count);
+      sizes.add(values, count);
     }
     const float quantile = sizes.at(task.ratio);
     const float most = row[step_column::clip];

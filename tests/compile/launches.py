@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from modulation_launches import LAUNCHES as _MODULATION
 from modulation_launches import ONES as _MODULATION_ONES
+from noise_launches import LAUNCHES as _NOISE
+from noise_launches import ONES as _NOISE_ONES
 
 from vqkernels.triton import (
     code_statistics,
@@ -158,6 +160,7 @@ _ONES = (
         lambda: quantize_backward_x(None, _empty(), _ONE_ROW, _ONE_ROW, _ONE_LABEL, "none"),
     ),
     *_MODULATION_ONES,
+    *_NOISE_ONES,
 )
 _MORE: dict[int, tuple[tuple[str, str, Any], ...]] = {
     80: (_SPLITS, _STRIDED),
@@ -202,4 +205,5 @@ _OTHERS: tuple[tuple[str, str, Any], ...] = (
     ("_grad_x", "passed", _backward(FP32, True, False)),
     ("_grad_x", "committed", _backward(BF16, False, True)),
     *_MODULATION,
+    *_NOISE,
 )

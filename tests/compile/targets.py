@@ -141,8 +141,8 @@ def _specialized(
         return _POINTERS[value.dtype]
     if isinstance(value, float):
         return "fp32"
-    if value == 1:
-        constants[path] = 1
+    if value is None or value == 1:
+        constants[path] = value
         return "constexpr"
     if value % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]

@@ -32,7 +32,7 @@ MODULATIONS = tuple(
     for of in ("", "_backward")
 )
 # Columns of common models, and before them what takes one and two pieces a thread.
-_WIDTHS = (128, 256, 384, 768, 1024, 1152, 1536, 3072)
+_WIDTHS = (128, 256, 384, 512, 768, 1024, 1152, 1536, 2560, 3072)
 ATTENTION = ("attention", "attention_masked")  # one op, calls without and with a mask
 # denoise_step is one op, with a kernel each for calls without guidance, with it, and with dynamic
 # thresholds.

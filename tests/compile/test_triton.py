@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
 from launches import Variant, variants  # noqa: E402
+from noise_launches import WIDE  # noqa: E402
 from resource_table import TABLE  # noqa: E402
 from targets import CAPABILITIES, Compiled, Launch, compiled, recorded  # noqa: E402
 
@@ -31,6 +32,7 @@ _OLDER = "3.6"
 _OLDER_PATH = Path(
     os.environ.get("VQKERNELS_TRITON_3_6") or Path(__file__).parents[2] / ".venv/triton-3.6"
 )
+_MASKS = f"{Path(__file__).with_name('test_triton_attention.py')}::test_shared_memory_holds_masks"
 _ALL = [variant for capability in CAPABILITIES for variant in variants(capability)]
 
 # A score costs a subtraction or a multiply-add, a minimum, a comparison and a selection.
@@ -44,7 +46,7 @@ def _key(compiler: str, variant: Variant) -> tuple[str, str, str, str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def older(request, tmp_path_factory) -> Iterator[subprocess.Popen[str] | None]:
-    """This file under Triton 3.6, beside this process, if its test is wanted."""
+    """This file and attention's masks under Triton 3.6, beside this process, if that is wanted."""
     wanted = any("test_under_triton" in item.name for item in request.session.items)
     if not wanted or _VERSION == _OLDER or not (_OLDER_PATH / "triton").is_dir():
         yield None
@@ -56,7 +58,7 @@ def older(request, tmp_path_factory) -> Iterator[subprocess.Popen[str] | None]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "VQKERNELS_RESOURCES_SEEN": str(folder / "seen.json"),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, _MASKS]
     with (
         (folder / "output").open("w+") as output,
         subprocess.Popen(
@@ -80,6 +82,9 @@ def test_compiles_within_its_means(variant: Variant):
     assert not any(loop["LDL"] + loop["STL"] for loop in result.code.innermost_loops), (
         "spills in a loop"
     )
+    if wide := WIDE.get((variant.kernel, variant.name)):
+        assert (result.code.wide["LDG"], result.code.wide["STG"]) == wide
+        assert result.shared == 0 or variant.kernel == "_sum_losses", "normals change hands"
     if variant.config is not None and variant.config.rows == 0:
         _check_minimum(result, variant)
     TABLE.check(_key(_COMPILER, variant), result.needs)

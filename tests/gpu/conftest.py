@@ -59,6 +59,12 @@ def modulation_backend(request: pytest.FixtureRequest, device: str) -> Iterator[
     yield from _in_force(request.param, "ada_layer_norm", x, x[0], x[0])
 
 
+@pytest.fixture(params=BACKENDS)
+def noise_backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """The same for `diffuse` and `denoise_step`."""
+    yield from _in_force(request.param, "denoise_step", torch.empty(1, 8, device=device))
+
+
 def _in_force(backend: str, op: str, *tensors: torch.Tensor) -> Iterator[str]:
     with vqkernels.use_backend(backend):
         try:

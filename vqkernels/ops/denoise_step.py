@@ -32,7 +32,7 @@ from vqkernels.ops._noise import (
     check_out,
     check_samples,
     noise_key,
-    write_into,
+    run_without_gradient,
 )
 from vqkernels.reference import denoise_step as reference
 
@@ -127,7 +127,6 @@ def denoise_coefficients(**columns: float | Sequence[float] | Tensor) -> Tensor:
     return table.float()
 
 
-@torch.no_grad()
 def denoise_step(
     sample: Tensor,
     model_output: Tensor,
@@ -221,11 +220,11 @@ def denoise_step(
         want_prediction,
         want_extra,
     )
-    if out is None:
-        results = _denoise_step(*arguments, backend)
-    else:
+    if out is not None:
         check_out("out", out, sample.shape, sample.dtype)
-        results = write_into(_kernels(backend), arguments, [out])
+    results = run_without_gradient(
+        _denoise_step, _kernels, arguments, backend, () if out is None else [out]
+    )
     prev, prediction, extra = results
     return DenoiseStepOutput(
         prev if out is None else out,

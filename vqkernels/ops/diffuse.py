@@ -35,8 +35,8 @@ from vqkernels.ops._noise import (
     check_out,
     check_samples,
     noise_key,
+    run_without_gradient,
     same_levels,
-    write_into,
 )
 from vqkernels.ops.normal_noise import _normal_noise
 from vqkernels.reference import diffuse as reference
@@ -171,9 +171,13 @@ def diffuse(
     if out is not None:
         for name, tensor in zip(("out[0]", "out[1]"), out, strict=True):
             check_out(name, tensor, x0.shape, x0.dtype)
-        write_into(_kernels(backend), arguments, list(out))
+        run_without_gradient(_diffuse, _kernels, arguments, backend, out)
         return out
-    x_t, wanted = _diffuse(*arguments, backend)
+    leaves = (x0, alpha, sigma, noise)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
+        x_t, wanted = _diffuse(*arguments, backend)
+    else:
+        x_t, wanted = run_without_gradient(_diffuse, _kernels, arguments, backend)
     return x_t, wanted
 
 
@@ -181,4 +185,4 @@ def as_level(name: str, value: Tensor, x0: Tensor) -> Tensor:
     """A floating-point level, in fp32 or float64."""
     check_floating(name, value)
     at = at_levels(name, value, "x0", x0)
-    return at.to(torch.promote_types(x0.dtype, torch.float32))
+    return at.to(torch.float64 if x0.dtype == torch.float64 else torch.float32)

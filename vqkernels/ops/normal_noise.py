@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vqkernels.backends import select
 from vqkernels.ops._library import define_writing, fake, not_differentiable
-from vqkernels.ops._noise import check_out, check_sample_ids, noise_key, write_into
+from vqkernels.ops._noise import check_out, check_sample_ids, noise_key, run_without_gradient
 from vqkernels.reference import normal_noise as reference
 
 _normal_noise, _kernels = define_writing(
@@ -82,11 +82,12 @@ def normal_noise(
     check_sample_ids(sample_ids, shape[0], where)
     key = noise_key(seed, step, stream, where)
     backend = select("normal_noise", key, key.new_empty(0, dtype=dtype))
+    arguments = (shape, key, sample_ids, dtype)
     if out is not None:
         check_out("out", out, shape, dtype)
-        write_into(_kernels(backend), (shape, key, sample_ids, dtype), [out])
+        run_without_gradient(_normal_noise, _kernels, arguments, backend, [out])
         return out
-    noise: Tensor = _normal_noise(shape, key, sample_ids, dtype, backend)
+    noise: Tensor = run_without_gradient(_normal_noise, _kernels, arguments, backend)
     return noise
 
 
