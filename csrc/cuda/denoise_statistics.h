@@ -120,7 +120,7 @@ __device__ __forceinline__ void find_bin(Ranking& ranking, unsigned rank) {
   ranking.before = before;
 }
 
-// A quantile of magnitudes as torch.quantile interpolates it; NaN if any is. `each` calls its
+// A quantile of magnitudes, between two neighbours in a line; NaN if any is. `each` calls its
 // argument with every element of the thread.
 template <typename Each>
 __device__ __forceinline__ float quantile(const Each& each, const Rank& of, Ranking& ranking) {
@@ -156,8 +156,7 @@ __device__ __forceinline__ float quantile(const Each& each, const Rank& of, Rank
     next = ranking.above;
   }
   const float low = __uint_as_float(found >> 1), high = __uint_as_float(next >> 1);
-  return of.weight < 0.5f ? low + of.weight * (high - low)
-                          : high - (high - low) * (1.0f - of.weight);
+  return high == low ? low : low + (high - low) * of.weight;  // infinities too
 }
 
 // The limit of a dynamic threshold: the quantile of predictions' magnitudes, from 1 to the clip.

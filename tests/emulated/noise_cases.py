@@ -17,7 +17,7 @@ from vqkernels.reference import diffuse as diffuse_reference
 from vqkernels.reference import normal_noise as normal_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-KEY = torch.tensor([-(2**40) - 7, 5, 2**33 + 1])
+KEY = torch.tensor([-(2**40) - 7, 2**63 - 1, 2**33 + 1])
 # Each term has a coefficient, and the first row leaves each out that may be left out.
 TABLE = denoise_coefficients(
     guidance=[1, 3, 7.5],

@@ -253,7 +253,7 @@ FAULTS = (
         "four(uint32_t((first + e) / 4)",
         "four(uint32_t(first / 4)",
     ),
-    Fault("step of the key", "noise_pieces.h", "noise.key[1] + step", "step"),
+    Fault("step of the key", "noise_pieces.h", "uint32_t(noise.key[1]) + ", ""),
     Fault(
         "samples that memory does not align",
         "noise_pieces.h",
