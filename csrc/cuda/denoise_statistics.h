@@ -22,23 +22,20 @@ __device__ __forceinline__ void each_of_sample(const NoiseGrid& grid, const F& f
 
 // Sums over the block's threads, the same in each of them and on each run: warps, then the warps in
 // order. Each use has slots of its own.
-template <int kSums>
-__device__ __forceinline__ void block_sum(double (&slots)[kWarps][kSums], double (&sums)[kSums]) {
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) sums[k] = warp_sum(sums[k]);
+__device__ __forceinline__ void block_sum(double (&slots)[kWarps][2], double (&sums)[2]) {
+  for (double& sum : sums) sum = warp_sum(sum);
   if (threadIdx.x % kWarp == 0) {
-    for (int k = 0; k < kSums; ++k) slots[threadIdx.x / kWarp][k] = sums[k];
+    for (int k = 0; k < 2; ++k) slots[threadIdx.x / kWarp][k] = sums[k];
   }
   __syncthreads();
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) {
+  for (int k = 0; k < 2; ++k) {
     sums[k] = 0;
     for (int warp = 0; warp < kWarps; ++warp) sums[k] += slots[warp][k];
   }
 }
 
 struct GuidanceSlots {
-  double sums[kWarps][2], squares[kWarps][4];
+  double sums[kWarps][2], squares[kWarps][2];
 };
 
 // std(model_output) / std(guided output). Squares are of what is away from the mean, so that a mean
@@ -68,24 +65,18 @@ __device__ __forceinline__ float ratio_of_deviations(const DenoiseStep& call, co
   block_sum(slots.sums, sums);
   const double count = double(call.grid.elements);
   const float means[2] = {float(sums[0] / count), float(sums[1] / count)};
-  double squares[4] = {0, 0, 0, 0};
+  double squares[2] = {0, 0};
   each_pair([&](const auto& model, const auto& guided) {
-    const auto add = [&](const auto& values, float mean, double& away, double& square) {
-      float of_away = 0, of_square = 0;
-      for (float value : values) {
-        of_away += value - mean;
-        of_square = fmaf(value - mean, value - mean, of_square);
-      }
-      away += of_away;
-      square += of_square;
+    const auto squared = [](const auto& values, float mean) {
+      float sum = 0;
+      for (float value : values) sum = fmaf(value - mean, value - mean, sum);
+      return sum;
     };
-    add(model, means[0], squares[0], squares[1]);
-    add(guided, means[1], squares[2], squares[3]);
+    squares[0] += squared(model, means[0]);
+    squares[1] += squared(guided, means[1]);
   });
   block_sum(slots.squares, squares);
-  const double of_model = squares[1] - squares[0] * squares[0] / count;
-  const double of_guided = squares[3] - squares[2] * squares[2] / count;
-  return float(sqrt(of_model / of_guided));
+  return float(sqrt(squares[0] / squares[1]));
 }
 
 // Where a quantile lies among a sample's elements in their order.
@@ -129,7 +120,7 @@ __device__ __forceinline__ void find_bin(Ranking& ranking, unsigned rank) {
   ranking.before = before;
 }
 
-// A quantile of magnitudes as torch.quantile interpolates it; NaN if any is. `each` calls its
+// A quantile of magnitudes, between two neighbours in a line; NaN if any is. `each` calls its
 // argument with every element of the thread.
 template <typename Each>
 __device__ __forceinline__ float quantile(const Each& each, const Rank& of, Ranking& ranking) {
@@ -165,8 +156,7 @@ __device__ __forceinline__ float quantile(const Each& each, const Rank& of, Rank
     next = ranking.above;
   }
   const float low = __uint_as_float(found >> 1), high = __uint_as_float(next >> 1);
-  return of.weight < 0.5f ? low + of.weight * (high - low)
-                          : high - (high - low) * (1.0f - of.weight);
+  return high == low ? low : low + (high - low) * of.weight;  // infinities too
 }
 
 // The limit of a dynamic threshold: the quantile of predictions' magnitudes, from 1 to the clip.

@@ -110,7 +110,7 @@ __device__ __forceinline__ void each_level(const NoiseGrid& grid, int64_t first,
 
 __device__ __forceinline__ Normals normals_of(const Noise& noise, unsigned sample, int64_t step) {
   const int64_t id = noise.sample_ids == nullptr ? int64_t(sample) : noise.sample_ids[sample];
-  return {uint64_t(noise.key[0]), uint32_t(id), uint32_t(noise.key[1] + step),
+  return {uint64_t(noise.key[0]), uint32_t(id), uint32_t(noise.key[1]) + uint32_t(step),
           uint32_t(noise.key[2])};
 }
 

@@ -5,13 +5,10 @@ the kernels themselves are tested in tests/emulated.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from _helpers.builds import ROOT, build_script, compile_with
 from _helpers.modulation import eager_fused, eager_gate, eager_norm
 from _helpers.precision import judge
 from torch import Tensor
@@ -19,40 +16,6 @@ from torch import Tensor
 from vqkernels.reference import attention as attention_reference
 from vqkernels.reference import nearest_code as search_reference
 from vqkernels.reference import quantize as quantize_reference
-
-sys.path.append(str(ROOT / "tests/emulated"))
-import emulator
-
-
-@pytest.fixture(scope="module")
-def ops(tmp_path_factory: pytest.TempPathFactory) -> torch._ops._OpNamespace:
-    script = build_script()
-    try:
-        compiler, (includes, _) = script["compiler"](), script["toolkit_paths"](script["nvcc"]())
-        torch_directory = script["torch_directory"]()
-    except script["NativeBuildError"] as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("ops")
-    flags = ["-O1", "-fPIC", "-fvisibility=hidden", *script["ops_flags"](torch_directory).split()]
-    flags += ["-DUSE_CUDA", "-DVQKERNELS_DISPATCH_KEY=CPU", '-DVQKERNELS_CUDA_TARGETS="none"']
-    flags += [f"-isystem{path}" for path in includes]
-    objects = []
-    sources = [Path(__file__).with_name("cuda_ops_on_cpu.cpp")]
-    for source in (*sources, *sorted((ROOT / "csrc/cuda/ops").glob("*.cpp"))):
-        objects.append(folder / f"{source.stem}.o")
-        compile_with(compiler, *flags, "-c", source, "-o", objects[-1])
-    emulation, kernels = emulator.FLAGS["plain"]
-    objects += [emulator.compiled(path, emulation) for path in emulator.emulation_sources()]
-    objects += [
-        emulator.compiled(path, [*emulator.OF_KERNELS, *kernels])
-        for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    ]
-    path = folder / "libcuda_ops_on_cpu.so"
-    libraries = [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-ldl", "-lpthread"]
-    # -Bsymbolic: its own functions, not those of torch's libraries with the same names.
-    compile_with(compiler, "-shared", "-Wl,-Bsymbolic", *objects, *libraries, "-o", path)
-    torch.ops.load_library(str(path))
-    return torch.ops.vqkernels_cuda
 
 
 def features(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from vqkernels.reference import diffuse as diffuse_reference
 from vqkernels.reference import normal_noise as normal_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-KEY = torch.tensor([-(2**40) - 7, 5, 2**33 + 1])
+KEY = torch.tensor([-(2**40) - 7, 2**63 - 1, 2**33 + 1])
 # Each term has a coefficient, and the first row leaves each out that may be left out.
 TABLE = denoise_coefficients(
     guidance=[1, 3, 7.5],
@@ -201,6 +201,16 @@ def _views(calls: CudaCalls) -> None:
         check_step(calls, x, cond, TABLE, index=torch.tensor(2), uncond_output=uncond)
 
 
+def _far_mean(calls: CudaCalls) -> None:
+    """A mean far above the deviation, and a first element far from all others, cost no digits."""
+    draw = Draw()
+    for at in (300.0, -5000.0):
+        output, uncond = draw(2, 1500) + at, draw(2, 1500) + at
+        output[:, 0] += 4 * at
+        check_step(calls, draw(2, 1500), output, rescaled(), index=torch.tensor(2),
+                   uncond_output=uncond)  # fmt: skip
+
+
 def _in_place(calls: CudaCalls) -> None:
     draw = Draw()
     for more in ({}, {"threshold": "dynamic", "ratio": 0.8}, {"threshold": "clip"}):
@@ -226,6 +236,7 @@ def _not_numbers(calls: CudaCalls) -> None:
         for more in (
             {"threshold": "clip"},
             {"threshold": "dynamic"},
+            {"threshold": "dynamic", "ratio": 0.5},
             {"uncond_output": uncond},
             {"uncond_output": uncond, "threshold": "dynamic"},
         ):
@@ -294,6 +305,7 @@ def cases() -> list[Case]:
         _step("dynamic-guided", (2, 4300), (BF16, FP16), 1, "uk1", rescaled(), several,
               threshold="dynamic", ratio=0.7),
         Case("noise-views", _views),
+        Case("noise-far-mean", _far_mean),
         Case("noise-in-place", _in_place),
         Case("noise-not-numbers", _not_numbers),
         Case("noise-ranks", _ranks),

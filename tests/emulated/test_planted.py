@@ -245,11 +245,78 @@ FAULTS = (
         "fmaf(beside, element_of",
         "fmaf(1, element_of",
     ),
+    Fault("sign of a quarter", "normals.h", "if ((quarters + 1) & 2)", "if (quarters & 1)"),
+    Fault("one element of four", "normals.h", "at < 2 ? (at == 0", "at < 2 ? (at != 0"),
+    Fault(
+        "counter of a piece",
+        "normals.h",
+        "four(uint32_t((first + e) / 4)",
+        "four(uint32_t(first / 4)",
+    ),
+    Fault("step of the key", "noise_pieces.h", "uint32_t(noise.key[1]) + ", ""),
+    Fault(
+        "samples that memory does not align",
+        "noise_pieces.h",
+        "of.stride * width % bytes == 0",
+        "true",
+        "misaligned",
+    ),
+    Fault("a level's end", "noise_pieces.h", "level_of(grid, end - 1) == level", "true"),
+    Fault(
+        "element behind the last",
+        "noise_pieces.h",
+        "e < min(end, grid.elements)",
+        "e < end",
+        "out of bounds",
+    ),
+    Fault(
+        "sample behind the last",
+        "diffuse.cu",
+        "if (sample >= shares.batch) return;",
+        "",
+        "out of bounds",
+    ),
+    Fault(
+        "row behind the table",
+        "denoise_terms.h",
+        "call.steps - 1)",
+        "call.steps)",
+        "out of bounds",
+    ),
+    Fault("a term of no weight", "denoise_terms.h", "if (coefficient == 0.0f) return;", ""),
+    Fault("guidance", "denoise_terms.h", "row[kGuidance] - 1.0f", "row[kGuidance]"),
+    Fault("step of the noise", "denoise_step.cu", "row.step).from", "0).from"),
+    Fault("variance of the noise", "denoise_step.cu", "+ low * 0.5f", "+ low"),
+    Fault("sum of the last warp", "denoise_statistics.h", "warp < kWarps;", "warp < kWarps - 1;"),
+    Fault(
+        "squares away from 0",
+        "denoise_statistics.h",
+        "squared(guided, means[1])",
+        "squared(guided, 0)",
+    ),
+    Fault("rank in a bin", "denoise_statistics.h", "rank -= ranking.before;", ""),
+    Fault(
+        "one of equals",
+        "denoise_statistics.h",
+        "rank + 1 == ranking.counts[ranking.bin]",
+        "true",
+    ),
+    Fault("a magnitude that is none", "denoise_statistics.h", "broken |= bits > 0xff000000u;", ""),
+    Fault(
+        "clip of a limit",
+        "denoise_statistics.h",
+        "fminf(fmaxf(s, 1.0f), row[kClip])",
+        "fmaxf(s, 1.0f)",
+    ),
 )
 
 
 def _is_of_modulation(fault: Fault) -> bool:
     return fault.file.startswith(("ada_layer_norm", "modulation"))
+
+
+def _is_of_noise(fault: Fault) -> bool:
+    return fault.file.startswith(("diffuse", "denoise", "noise", "normals"))
 
 
 def _planted(fault: Fault) -> Emulator:
@@ -265,6 +332,10 @@ def _planted(fault: Fault) -> Emulator:
         changed = {"attention.cu"}
     elif _is_of_modulation(fault):
         changed = {"ada_layer_norm.cu", "ada_layer_norm_backward.cu"}
+    elif fault.file.startswith("denoise"):
+        changed = {"denoise_step.cu"}
+    elif _is_of_noise(fault):
+        changed = {"diffuse.cu", "normal_noise.cu"}
     elif fault.file != "quantize.cu":
         changed = {"nearest_code.cu", "search_warpgroups.cu"}
     sources = [copy / "cuda" / path.name if path.name in changed else path for path in KERNELS]
@@ -284,11 +355,13 @@ def test_a_planted_fault_is_caught(emulators: dict[Fault, Emulator], fault: Faul
     emulator.set_order("reverse")
     found = ""
     of_attention = fault.file.startswith("attention")
-    of_modulation = _is_of_modulation(fault)
+    of_modulation, of_noise = _is_of_modulation(fault), _is_of_noise(fault)
     for case in cases():
         if case.name.startswith("attention") != of_attention:
             continue
         if case.name.startswith("modulation") != of_modulation:
+            continue
+        if case.name.startswith("noise") != of_noise:
             continue
         try:
             case.run(CudaCalls(emulator.library, emulator.declare, case.device))

@@ -32,6 +32,10 @@ std::tuple<Tensor, Tensor, Tensor> denoise_step_op(
     const std::string& variance_type, bool want_prediction, bool want_extra,
     const std::vector<Tensor>& out) {
   const Call call("denoise_step", sample_given, false);
+  DenoiseStep problem;
+  problem.grid = grid_of(sample_given, index_given);
+  problem.threshold = parse_threshold(threshold);
+  check_whole(problem.grid, uncond_given.has_value(), problem.threshold == Threshold::dynamic);
   const Tensor prev = result_like(sample_given, out);
   const Tensor nothing = empty({0}, sample_given.scalar_type(), sample_given);
   const Tensor prediction = want_prediction ? result_like(sample_given) : nothing;
@@ -45,8 +49,6 @@ std::tuple<Tensor, Tensor, Tensor> denoise_step_op(
   std::vector<Tensor> history;
   for (const Tensor& of : history_given) history.push_back(whole_samples(of));
 
-  DenoiseStep problem;
-  problem.grid = grid_of(sample, index);
   problem.sample = samples_of(sample);
   problem.model_output = samples_of(output);
   problem.uncond_output = samples_of(uncond);
@@ -58,14 +60,12 @@ std::tuple<Tensor, Tensor, Tensor> denoise_step_op(
   problem.index = data<int64_t>(index);
   problem.one_index = index.dim() == 0;
   problem.noise = noise.noise();
-  problem.threshold = parse_threshold(threshold);
   problem.ratio = ratio;
   problem.variance_type =
       variance_type == "learned" ? VarianceType::learned : VarianceType::learned_range;
   problem.prev_sample = samples_of(prev);
   if (want_prediction) problem.prediction = samples_of(prediction);
   if (want_extra) problem.extra = samples_of(extra);
-  check_whole(problem.grid, uncond.has_value(), problem.threshold == Threshold::dynamic);
   denoise_step(problem, call.context());
   call.finish();
   return {prev, prediction, extra};

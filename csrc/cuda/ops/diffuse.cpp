@@ -33,12 +33,12 @@ std::tuple<Tensor, Tensor> diffuse_op(const Tensor& x0_given, const Tensor& alph
                                       const std::optional<Tensor>& sample_ids,
                                       const std::string& target, const std::vector<Tensor>& out) {
   const Call call("diffuse", x0_given, false);
+  Diffuse problem;
+  problem.grid = grid_of(x0_given, alpha_given);
   const Tensor x_t = result_like(x0_given, out, 0), wanted = result_like(x0_given, out, 1);
   const Tensor x0 = whole_samples(x0_given);
   const Tensor alpha = dense(alpha_given), sigma = dense(sigma_given);
   const NoiseOf noise(noise_given, key, sample_ids);
-  Diffuse problem;
-  problem.grid = grid_of(x0, alpha);
   problem.x0 = samples_of(x0);
   problem.x_t = samples_of(x_t);
   problem.wanted = samples_of(wanted);
