@@ -33,7 +33,7 @@ def samples_of(x: Tensor | None) -> Samples:
 class Levels(NamedTuple):
     """Levels a sample, and elements a level."""
 
-    count: int
+    number: int
     size: int
 
 
