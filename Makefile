@@ -17,7 +17,7 @@ export MAX_JOBS
 endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build test lint bench bench-attention demo gpu-check clean
+.PHONY: help venv build test lint bench bench-attention bench-noise demo gpu-check clean
 
 ifeq ($(VENV),0)
 PY := $(PYTHON)
@@ -42,6 +42,7 @@ help:
 	@echo "make demo   train and sample on handwritten digits, into out/demo"
 	@echo "make bench  compare with other implementations, into benchmarks/results"
 	@echo "make bench-attention  the part of it about attention and modulation"
+	@echo "make bench-noise  the part about noising, losses and samplers' steps"
 	@echo "make gpu-check  on a machine with a GPU: device tests and benchmarks, into benchmarks/results"
 	@echo "make lint   ruff, mypy, clang-format"
 	@echo "make build  compile the kernels in place"
@@ -70,6 +71,9 @@ bench: build $(call packages,bench)
 
 bench-attention: build $(call packages,bench)
 	$(PY) -m benchmarks --name attention --ops attention,ada_layer_norm,gated_residual,gated_residual_ada_layer_norm,bias_gelu,qk_norm_rope,DiTBlock $(ARGS)
+
+bench-noise: build $(call packages,bench)
+	$(PY) -m benchmarks --name noise --ops diffuse,diffusion_loss,denoise_step,scheduler_step,sampling_loop $(ARGS)
 
 # Takes the packages that are there, objects from vqkernels/lib or built on the spot, no network.
 gpu-check: check_python = $(if $(filter 0,$(VENV)),$(PYTHON),$(or $(wildcard .venv/bin/python),$(PYTHON)))

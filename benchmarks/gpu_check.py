@@ -49,7 +49,7 @@ def stages(dry: bool) -> tuple[Stage, ...]:
     from .gpu.cases import CASES, FP32, HALF, LAUNCHES, QUANTIZER, SMALL
     from .gpu.modulation import MODULATION
     from .gpu.noise import NOISE
-    from .gpu.worker import SANITIZERS, test_items
+    from .gpu.worker import sanitizer_items, test_items
 
     def cases(stage: str) -> tuple[str, ...]:
         return tuple(case.key for case in CASES if case.stage == stage)
@@ -59,7 +59,7 @@ def stages(dry: bool) -> tuple[Stage, ...]:
         Stage("build", "take prebuilt objects, or build them", ("all",), 500),
         # Most of it compiles Triton kernels, which are cached: what is cut short ends sooner later.
         Stage("tests", "pytest tests/gpu -m gpu", test_items(dry), STAGE_SECONDS),
-        Stage("sanitizer", "compute-sanitizer over a few small calls", SANITIZERS, 240),
+        Stage("sanitizer", "compute-sanitizer over a few small calls", sanitizer_items(dry), 120),
         Stage("ceilings", "copy, matrix products, register loops", ("all",), 120),
         Stage(HALF, "nearest_code, fp16 and bf16", cases(HALF), 150),
         Stage(FP32, "nearest_code, fp32", cases(FP32), 150),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MEBIBYTE = 2**20
-VERSIONED_PACKAGES = ("torch", "faiss-cpu", "vector-quantize-pytorch", "vqkernels")
+VERSIONED_PACKAGES = ("torch", "faiss-cpu", "vector-quantize-pytorch", "diffusers", "vqkernels")
 
 
 def device_name() -> str:

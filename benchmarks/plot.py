@@ -15,6 +15,7 @@ STYLES = {
     "matmul": ("#009E73", "s"),
     "faiss": ("#D55E00", "D"),
     "vector-quantize-pytorch": ("#CC79A7", "^"),
+    "diffusers": ("#56B4E9", "P"),
 }
 OTHER_STYLE = ("#555555", "v")
 SPREAD = 0.2

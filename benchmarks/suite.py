@@ -7,7 +7,9 @@ from . import (
     bench_dit_block,
     bench_modulation,
     bench_nearest_code,
+    bench_noise,
     bench_qk_norm_rope,
+    bench_scheduler_step,
     bench_vector_quantize,
 )
 from .case import Case, key
@@ -19,6 +21,8 @@ CASES: tuple[Case, ...] = (
     *bench_attention.CASES,
     *bench_qk_norm_rope.CASES,
     *bench_dit_block.CASES,
+    *bench_noise.CASES,
+    *bench_scheduler_step.CASES,
 )
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .bench_attention import SDPA
 from .bench_modulation import BOTH, COMPILED, EAGER, FORWARD, REUSED
 from .bench_nearest_code import CALL_OVERHEAD, PACKING_INCLUDED
+from .bench_noise import DIFFUSERS
 from .bench_vector_quantize import PEER
 from .case import OURS
 from .records import Record, grouped, ratio
@@ -109,6 +111,24 @@ def _versus_best(row: Row) -> float | None:
 def _in_cache(op: str, direction: str) -> Callable[[Record], bool]:
     """DiT-S/2's tokens fit a second-level cache of 4 MiB; outputs lie where they lay before."""
     return lambda r: (r.op, r.name, r.mode) == (op, "DiT-S/2", f"{direction}, {REUSED}")
+
+
+def _nanoseconds_an_element(row: Row) -> float | None:
+    ours = _of(OURS, row)
+    if ours is None:
+        return None
+    return 1e6 * ours.ms_p50 / math.prod(map(int, ours.shape.split()[0].split("x")))
+
+
+def _noise(op: str, dtype: str = "", samplers: tuple[str, ...] = ()) -> Callable[[Record], bool]:
+    """Rows of one op, with outputs where the last ones lay."""
+
+    def applies(record: Record) -> bool:
+        sampler, _, memory = record.mode.rpartition(", ")
+        here = record.op == op and memory == REUSED and dtype in ("", record.dtype)
+        return here and (not samplers or sampler in samplers)
+
+    return applies
 
 
 TARGETS: tuple[Target, ...] = (
@@ -257,6 +277,64 @@ TARGETS: tuple[Target, ...] = (
             ("float32", BOTH, 1 / 4),
             ("bfloat16", BOTH, 1 / 4),
         )
+    ),
+    *(
+        Target(
+            f"diffuse, {dtype}: at least {times}x as fast as diffusers",
+            1 / times,
+            True,
+            "x",
+            _noise("diffuse", dtype),
+            _versus(DIFFUSERS),
+        )
+        for dtype, times in (("float32", 7), ("bfloat16", 8))
+    ),
+    Target(
+        "diffuse: at most 0.62 ns an element",
+        0.62,
+        True,
+        " ns",
+        _noise("diffuse"),
+        _nanoseconds_an_element,
+    ),
+    Target(
+        "diffusion_loss, forward and backward: at least 5x as fast as eager",
+        1 / 5,
+        True,
+        "x",
+        _noise("diffusion_loss"),
+        _versus(EAGER),
+    ),
+    *(
+        Target(
+            f"{' and '.join(samplers)} step: at least {times}x as fast as diffusers",
+            1 / times,
+            True,
+            "x",
+            _noise("scheduler_step", samplers=samplers),
+            _versus(DIFFUSERS),
+        )
+        for samplers, times in (
+            (("DDIM", "Euler", "flow Euler"), 8),
+            (("guided DDPM",), 9),
+            (("DPM++ 2M", "UniPC"), 6),
+        )
+    ),
+    Target(
+        "denoise_step, float32: at least 0.85 of the copy rate",
+        0.85,
+        False,
+        "",
+        _noise("denoise_step", "float32"),
+        _floor_share,
+    ),
+    Target(
+        "50-step loop: at least 10x as fast as diffusers",
+        1 / 10,
+        True,
+        "x",
+        _noise("sampling_loop"),
+        _versus(DIFFUSERS),
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -188,11 +189,12 @@ def test_the_table_chooses_on_a_gpu(
 ) -> None:
     gpu(capability)
     tensors = on_gpu(rows, 512, dim, dtype)
-    for op in selection.OPS:
+    for op in selection.SEARCHES:
         assert backends.select(op, *tensors) == expected
         found = explain(op, *tensors)
         assert found.backend == expected
         row = selection.preferred(selection.GpuCall(capability, dim, rows <= 1024), (dtype, dtype))
+        assert row is not None
         assert row.reason in found.reasons[expected]
         assert ("an estimate" in found.reasons[expected]) != row.measured
         for name in ("triton", "cuda"):
@@ -205,6 +207,23 @@ def test_a_large_book_is_searched_by_cuda(gpu: Callable[..., None]) -> None:
     for codes, expected in ((selection.LARGE_BOOK, "cuda"), (selection.LARGE_BOOK - 1, "triton")):
         x, codebook = on_gpu(65536, codes, 256, torch.bfloat16)
         assert backends.select("nearest_code", x, codebook) == expected
+
+
+def test_modulation_is_chosen_where_it_was_measured(gpu: Callable[..., None]) -> None:
+    gpu(90)
+    half, single = torch.bfloat16, torch.float32
+    for op, dim, dtype, expected in (
+        ("ada_layer_norm", 1152, half, "cuda"),
+        ("ada_layer_norm", 1152, single, "triton"),
+        ("ada_layer_norm", 384, half, "triton"),
+        ("gated_residual_ada_layer_norm", 1152, half, "triton"),
+        ("gated_residual", 1152, half, "triton"),
+    ):
+        x, vectors = on_gpu(4096, 4, dim, dtype)
+        assert backends.select(op, x, vectors, vectors) == expected
+    gpu(100)
+    x, vectors = on_gpu(4096, 4, 1152, half)
+    assert backends.select("ada_layer_norm", x, vectors, vectors) == "triton"
 
 
 def test_a_half_with_a_float32_book_is_no_half(gpu: Callable[..., None]) -> None:
@@ -380,14 +399,18 @@ def test_which_gpus_an_object_serves(
 
 def test_every_call_has_a_row_and_every_row_a_call() -> None:
     found = {
-        selection.preferred(selection.GpuCall(capability, dim, few_rows, large_book), dtypes)
+        selection.preferred(selection.GpuCall(capability, dim, few_rows, large_book), dtypes, op)
+        for op in selection.OPS
         for capability in (80, 86, 89, 90, 100, 103, 110, 120, 121)
-        for dim in (0, 1, 16, 17, 63, 64, 256, 4096)
+        for dim in (0, 1, 16, 17, 63, 64, 256, 1152, 4096)
         for few_rows in (False, True)
         for large_book in (False, True)
         for dtypes in ((torch.float16,) * 2, (torch.bfloat16, torch.float32), (torch.float32,) * 2)
     }
-    assert found == set(selection.TABLE)
+    # Modulation has rows where it was measured, and each search has one.
+    assert found == {*selection.TABLE, None}
+    calls = itertools.product((80, 86, 90, 100, 120), (0, 16, 17, 256, 4096), (False, True))
+    assert all(selection.preferred(selection.GpuCall(*call), (torch.float32,)) for call in calls)
     for row in selection.TABLE:
         assert row.reason
         assert sorted(row.order) == ["cuda", "reference", "triton"]

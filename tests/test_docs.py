@@ -20,7 +20,7 @@ EXAMPLES = [
 
 def test_op_pages_have_examples() -> None:
     pages = {example.values[0].name for example in EXAMPLES}
-    assert pages >= {"attention.md", "modulation.md"}
+    assert pages >= {"attention.md", "modulation.md", "noise.md"}
 
 
 @pytest.mark.parametrize(("page", "match"), EXAMPLES)

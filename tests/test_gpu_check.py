@@ -93,16 +93,16 @@ def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
 
 
 def test_build_tests_and_sanitizer_stages(tmp_path: Path) -> None:
-    arguments = ["--stages", "build,tests,sanitizer", "--items", "all,behaviour,memcheck"]
+    arguments = ["--stages", "build,tests,sanitizer", "--items", "all,behaviour,memcheck search"]
     code, printed = finish(start(tmp_path, *arguments, "--out", str(tmp_path / "out")))
     found = outcomes(tmp_path)
     log = (tmp_path / "out" / "dry-run.log").read_text()
     assert code == 0, log
-    assert set(found) == {"build/all", "tests/test_gpu_behaviour.py", "sanitizer/memcheck"}
+    assert set(found) == {"build/all", "tests/test_gpu_behaviour.py", "sanitizer/memcheck search"}
     assert "0 failed" in found["tests/test_gpu_behaviour.py"]["note"]
     assert "test_gpu_behaviour" in log
     assert log == (tmp_path / "dry-run.log").read_text()
-    assert "2 to do" in printed
+    assert "11 to do" in printed  # three tools over four parts, but one
 
 
 @pytest.fixture

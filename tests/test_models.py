@@ -15,8 +15,8 @@ from vqkernels.models.dit import DiT, DiT_models
 from vqkernels.models.vqvae import VQVAE, VQVAEConfig
 from vqkernels.nn.embedders import LabelEmbedder, TimestepEmbedder, sincos_position_embedding
 from vqkernels.ops.diffuse import diffuse
-from vqkernels.ops.normal_noise import normal_noise
-from vqkernels.schedulers.rectified_flow import TIME_SCALE, euler_sample
+from vqkernels.training.loops import TIME_SCALE
+from vqkernels.training.pipeline import sample_flow
 
 
 def test_dit_parameter_names_are_those_of_facebookresearch_dit() -> None:
@@ -205,21 +205,17 @@ class StraightPaths(nn.Module):
         self.y_embedder = LabelEmbedder(2, 1, dropout_prob=0.1)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        assert not self.training
         return (x - self.targets[y]) / (t / TIME_SCALE)[:, None, None, None]
 
-    forward_with_cfg = DiT.forward_with_cfg
-    in_channels = 3
+    in_channels, input_size = 3, 2
 
 
 @pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_euler_sampler_is_exact_on_straight_paths(steps: int, guidance: float) -> None:
-    model = StraightPaths().train()
+    model = StraightPaths()
     labels = torch.tensor([0, 1, 1])
-    noise = normal_noise((3, 3, 2, 2), seed=0)
-    samples = euler_sample(model, noise, labels, steps=steps, guidance=guidance)  # type: ignore[arg-type]
-    assert model.training
+    samples = sample_flow(model, labels, seed=0, steps=steps, guidance=guidance)  # type: ignore[arg-type]
     if guidance == 1:
         torch.testing.assert_close(samples, model.targets[labels], rtol=1e-5, atol=1e-5)
     elif steps == 1:  # one step to the guided target: 2 * target - 0
@@ -230,9 +226,8 @@ def test_samples_do_not_depend_on_their_batch() -> None:
     model = randomized(small_dit())
     assert isinstance(model, DiT)
     labels = torch.tensor([0, 3, 2, 4])
-    together = euler_sample(model, normal_noise((4, 3, 6, 6), seed=9), labels, steps=4)
-    noise = normal_noise((1, 3, 6, 6), seed=9, sample_ids=torch.tensor([2]))
-    alone = euler_sample(model, noise, labels[2:3], steps=4)
+    together = sample_flow(model, labels, seed=9, steps=4)
+    alone = sample_flow(model, labels[2:3], seed=9, sample_ids=torch.tensor([2]), steps=4)
     torch.testing.assert_close(alone[0], together[2], rtol=1e-4, atol=1e-4)
 
 
@@ -240,15 +235,15 @@ def test_sampler_names_bad_input() -> None:
     noise, labels = torch.randn(2, 3, 6, 6), torch.tensor([0, 1])
     model = small_dit()
     with pytest.raises(ValueError, match="steps must be at least 1"):
-        euler_sample(model, noise, labels, steps=0)
+        sample_flow(model, labels, seed=0, steps=0)
     with pytest.raises(ValueError, match="labels must be"):
-        euler_sample(model, noise, labels[:1])
+        sample_flow(model, labels[:, None], seed=0)
     with pytest.raises(ValueError, match="labels must lie in"):
-        euler_sample(model, noise, labels + 5)
+        sample_flow(model, labels + 5, seed=0)
     with pytest.raises(ValueError, match="label dropout"):
-        euler_sample(small_dit(class_dropout_prob=0.0), noise, labels)
+        sample_flow(small_dit(class_dropout_prob=0.0), labels, seed=0)
     with pytest.raises(ValueError, match="learn_sigma=False"):
-        euler_sample(small_dit(learn_sigma=True), noise, labels)
+        sample_flow(small_dit(learn_sigma=True), labels, seed=0)
     with pytest.raises(ValueError, match="x must be"):
         model(noise[..., :4], torch.zeros(2), labels)
     with pytest.raises(ValueError, match="input_size must be a multiple"):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vqkernels.models.dit import DiT
 from vqkernels.models.vqvae import VQVAE, VQVAEConfig
 from vqkernels.ops.normal_noise import normal_noise
-from vqkernels.schedulers.rectified_flow import euler_sample
 from vqkernels.training import metrics
 from vqkernels.training.demo import DemoSettings, class_rows, run_demo, smoke_settings
 from vqkernels.training.loops import (
@@ -26,7 +25,7 @@ from vqkernels.training.loops import (
     train_dit,
     train_vqvae,
 )
-from vqkernels.training.pipeline import LatentScale, Pipeline
+from vqkernels.training.pipeline import LatentScale, Pipeline, sample_flow
 from vqkernels.training.step_time import (
     OURS,
     PACKAGE,
@@ -138,7 +137,7 @@ def test_training_the_dit_learns_and_repeats() -> None:
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
     wanted = torch.arange(8) % 2  # label 0 is all ones, label 1 all minus ones
-    drawn = euler_sample(average, normal_noise((8, 4, 3, 3), seed=1), wanted, guidance=1.0)
+    drawn = sample_flow(average, wanted, seed=1, guidance=1.0)
     torch.testing.assert_close(drawn.mean((1, 2, 3)), 1.0 - 2 * wanted, rtol=0, atol=0.4)
 
 

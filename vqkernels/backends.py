@@ -41,10 +41,10 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "attention": ("cpu", "triton", "cuda"),
     "attention_qkvpacked": ("cpu", "triton"),
     "attention_varlen": ("cpu", "triton"),
-    "normal_noise": ("cpu", "triton"),
-    "diffuse": ("cpu", "triton"),
+    "normal_noise": ("cpu", "triton", "cuda"),
+    "diffuse": ("cpu", "triton", "cuda"),
     "diffusion_loss": ("cpu", "triton"),
-    "denoise_step": ("cpu", "triton"),
+    "denoise_step": ("cpu", "triton", "cuda"),
     # Made of ops above, which choose for themselves.
     "modulated_attention": ("cpu", "triton"),
     "modulated_mlp": ("cpu", "triton"),
@@ -131,7 +131,7 @@ def _gpu_call(op: str, tensors: Sequence[Tensor | None]) -> GpuCall | None:
                 return GpuCall(capability)
             dim = tensor.shape[-1]
             few_rows = tensor.numel() <= selection.FEW_ROWS * dim
-            book = tensors[1] if len(tensors) > 1 else None
+            book = tensors[1] if len(tensors) > 1 and op in selection.SEARCHES else None
             codes = book.shape[-2] if book is not None and book.dim() > 1 else 0
             return GpuCall(capability, dim, few_rows, codes >= selection.LARGE_BOOK)
     return None
@@ -222,7 +222,7 @@ def _candidates(
 def _row(op: str, dtypes: tuple[torch.dtype, ...], gpu: GpuCall | None) -> selection.Row | None:
     if gpu is None or op not in selection.OPS or gpu.capability < _OLDEST_CAPABILITY:
         return None
-    return selection.preferred(gpu, dtypes)
+    return selection.preferred(gpu, dtypes, op)
 
 
 def _choose(

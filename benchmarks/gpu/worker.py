@@ -29,6 +29,7 @@ from benchmarks.records import Record
 from . import ceilings, measure
 from .cases import CASES, find_case
 from .device import open_device
+from .sanitize import PARTS
 from .timing import DRY, FULL
 
 ROOT = Path(__file__).parents[2]
@@ -138,9 +139,18 @@ def _of_junit(report: Path, code: int) -> Outcome:
     return Outcome(DONE if code == 0 and passed else FAILED, note)
 
 
+def sanitizer_items(dry: bool) -> tuple[str, ...]:
+    """A tool over one part of benchmarks.gpu.sanitize each, on a GPU by one backend: what compiles
+    nothing first."""
+    calls = PARTS if dry else [f"{part} {name}" for name in ("cuda", "triton") for part in PARTS]
+    return tuple(f"{tool} {call}" for tool in SANITIZERS for call in calls)
+
+
 def sanitizer(item: str, dry: bool) -> Outcome:
-    """One tool over benchmarks.gpu.sanitize, with every tensor an allocation of its own."""
-    script = [sys.executable, "-m", "benchmarks.gpu.sanitize", *(["--dry-run"] if dry else [])]
+    """One of `sanitizer_items`, with every tensor an allocation of its own."""
+    name, *call = item.split()
+    script = [sys.executable, "-m", "benchmarks.gpu.sanitize", *call]
+    script += ["--dry-run"] if dry else []
     tool = shutil.which("compute-sanitizer")
     if dry:
         code = _run(script)
@@ -149,9 +159,9 @@ def sanitizer(item: str, dry: bool) -> Outcome:
         tool = shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if tool is None:
         return Outcome(SKIPPED, "compute-sanitizer was not found")
-    command = [tool, "--tool", item, "--error-exitcode", "9", *script]
+    command = [tool, "--tool", name, "--error-exitcode", "9", *script]
     code = _run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    notes = {0: "nothing found", 9: f"{item} found errors: see the log"}
+    notes = {0: "nothing found", 9: f"{name} found errors: see the log"}
     return Outcome(DONE if code == 0 else FAILED, notes.get(code, f"exit status {code}"))
 
 

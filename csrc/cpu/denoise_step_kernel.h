@@ -18,15 +18,70 @@ struct WholeSample {
 };
 
 struct StepRooms {
-  NoiseRoom sample, output, uncond, entry, variance, noise, prediction, prev, extra;
+  NoiseRoom sample, output, uncond, history[DenoiseStep::kHistory];
+  NoiseRoom noise, variance, scaled, prediction, prev, extra;
 };
 
-// In place of an operand whose coefficient is 0, so that it counts for nothing, also where it is
-// infinite.
-alignas(64) inline constexpr float kNothing[kNoiseBlock] = {};
+// A sum of weighted operands. A weight of 0 leaves its operand out, also where it is infinite.
+struct Combination {
+  static constexpr int kMost = 4 + DenoiseStep::kHistory;
 
-inline const float* counted(float coefficient, const float* operand) {
-  return coefficient == 0 ? kNothing : operand;
+  void add(double weight, const float* operand) {
+    if (float(weight) == 0) return;
+    weights[count] = float(weight);
+    operands[count++] = operand;
+  }
+
+  bool same_operands(const Combination& other) const {
+    return count == other.count && std::equal(operands, operands + count, other.operands);
+  }
+
+  int count = 0;
+  float weights[kMost];
+  const float* operands[kMost];
+};
+
+// Several combinations of the same operands. An operand's numbers are read before those at its
+// place are written.
+template <int kOperands, int kSums>
+inline void combine_all(const Combination* sums, float* const* out, int64_t count) {
+  vf weights[kSums][kOperands];
+  for (int s = 0; s < kSums; ++s) {
+    for (int i = 0; i < kOperands; ++i) weights[s][i] = splat(sums[s].weights[i]);
+  }
+  const float* operands[kOperands];
+  for (int i = 0; i < kOperands; ++i) operands[i] = sums[0].operands[i];
+  float* places[kSums];
+  for (int s = 0; s < kSums; ++s) places[s] = out[s];
+  each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
+    vf values[kOperands];
+    for (int i = 0; i < kOperands; ++i) values[i] = load_at(operands[i], at, lanes);
+    for (int s = 0; s < kSums; ++s) {
+      vf sum = weights[s][0] * values[0];
+      for (int i = 1; i < kOperands; ++i) sum = multiply_add(weights[s][i], values[i], sum);
+      store_at(places[s], at, lanes, sum);
+    }
+  });
+}
+
+template <int kSums, int kOperands = Combination::kMost>
+inline void combine(const Combination* sums, float* const* out, int64_t count) {
+  if constexpr (kOperands == 0) {
+    for (int s = 0; s < kSums; ++s) std::fill(out[s], out[s] + count, 0.0f);
+  } else if (sums[0].count == kOperands) {
+    combine_all<kOperands, kSums>(sums, out, count);
+  } else {
+    combine<kSums, kOperands - 1>(sums, out, count);
+  }
+}
+
+// Together if they have the same operands, which are read once then; else in this order.
+inline void combine(const Combination* sums, float* const* out, int sum_count, int64_t count) {
+  bool same = true;
+  for (int s = 1; s < sum_count; ++s) same = same && sums[s].same_operands(sums[0]);
+  if (same && sum_count == 3) return combine<3>(sums, out, count);
+  if (same && sum_count == 2) return combine<2>(sums, out, count);
+  for (int s = 0; s < sum_count; ++s) combine<1>(sums + s, out + s, count);
 }
 
 inline int64_t row_number(const DenoiseStep& task, int64_t level) {
@@ -58,45 +113,17 @@ inline const float* output_of(const DenoiseStep& task, const float* row, float f
   return out;
 }
 
-// prediction = a sample + b output, thresholded; prev = the sum of its three terms.
-template <bool kLimited, bool kScaled, bool kUsed, bool kStored>
-inline void affine_part(const float* row, float limit, const float* sample, const float* output,
-                        int64_t count, float* prediction, float* prev) {
-  const float a = row[step_column::prediction_sample], b = row[step_column::prediction_output];
-  const float* of = row + step_column::prev;
-  const float *sample1 = counted(a, sample), *output1 = counted(b, output);
-  const float *sample2 = counted(of[0], sample), *output2 = counted(of[2], output);
-  const float inverse = 1 / limit;
+// A prediction limited to [-limit, limit], and divided by the limit if `scaled`.
+template <int kOperands>
+inline void limited_prediction(const Combination& predicted, float limit, bool scaled,
+                               int64_t count, float* prediction) {
+  const vf most = splat(limit), least = splat(-limit), factor = splat(scaled ? 1 / limit : 1.0f);
   each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
-    vf sum = multiply_add(splat(of[0]), load_at(sample2, at, lanes),
-                          splat(of[2]) * load_at(output2, at, lanes));
-    if constexpr (kUsed || kStored) {
-      vf x = multiply_add(splat(a), load_at(sample1, at, lanes),
-                          splat(b) * load_at(output1, at, lanes));
-      if constexpr (kLimited) x = maximum(splat(-limit), minimum(splat(limit), x));
-      if constexpr (kScaled) x *= splat(inverse);
-      if constexpr (kStored) store_at(prediction, at, lanes, x);
-      if constexpr (kUsed) sum = multiply_add(splat(of[1]), x, sum);
+    vf x{};
+    for (int i = 0; i < kOperands; ++i) {
+      x = multiply_add(splat(predicted.weights[i]), load_at(predicted.operands[i], at, lanes), x);
     }
-    store_at(prev, at, lanes, sum);
-  });
-}
-
-template <typename F>
-inline void with_bool(bool value, const F& f) {
-  if (value) {
-    f(std::true_type());
-  } else {
-    f(std::false_type());
-  }
-}
-
-inline void add_term(float coefficient, const float* operand, int64_t count, float* sum) {
-  if (coefficient == 0) return;
-  each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
-    store_at(
-        sum, at, lanes,
-        multiply_add(splat(coefficient), load_at(operand, at, lanes), load_at(sum, at, lanes)));
+    store_at(prediction, at, lanes, maximum(least, minimum(most, x)) * factor);
   });
 }
 
@@ -115,66 +142,147 @@ inline void scale_noise(const DenoiseStep& task, const float* row, const float* 
   });
 }
 
+// The noise of a stretch, times what the model says of its deviation.
+inline const float* noise_of(const DenoiseStep& task, int64_t level, int64_t sample, int64_t first,
+                             int64_t count, StepRooms& rooms) {
+  const float* z;
+  if (task.keyed) {
+    const uint32_t step = task.key.step + uint32_t(row_number(task, level));
+    z = fill_normals(task.key, task.key.sample_id(sample), step, first, count, rooms.noise.floats);
+  } else {
+    z = read_block(task.noise, sample, first, count, rooms.noise);
+  }
+  if (task.variance.data == nullptr) return z;
+  const float* v = read_block(task.variance, sample, first, count, rooms.variance);
+  scale_noise(task, row_of(task, level), v, count, z, rooms.scaled.floats);
+  return rooms.scaled.floats;
+}
+
+// A stretch's operands, and where its results go until `finish_block`; null: there is none.
+struct Stretch {
+  const float *row, *sample, *output, *noise;
+  const float* history[DenoiseStep::kHistory];
+  float *prediction, *prev, *extra;
+  int64_t count;
+};
+
+// Weights `of` of sample, prediction, output and history. A prediction without a limit is itself a
+// sum, of which no digits are lost here.
+inline Combination combination(const Stretch& stretch, const float* of, bool limited) {
+  Combination sum;
+  const float* row = stretch.row;
+  const double inner = limited ? 0.0 : of[1];
+  sum.add(of[0] + inner * row[step_column::prediction_sample], stretch.sample);
+  sum.add(of[2] + inner * row[step_column::prediction_output], stretch.output);
+  if (limited) sum.add(of[1], stretch.prediction);
+  for (int i = 0; i < DenoiseStep::kHistory && stretch.history[i] != nullptr; ++i) {
+    sum.add(of[3 + i], stretch.history[i]);
+  }
+  return sum;
+}
+
+// In place of an operand whose weight is 0.
+alignas(64) constexpr float kNothing[kNoiseBlock] = {};
+
+// Both in one pass, where there is neither history nor `extra`: the limited prediction and `prev`.
+template <bool kStored>
+inline void limited_step(const Stretch& stretch, const Combination& predicted, float limit,
+                         bool scaled) {
+  const float* of = stretch.row + step_column::prev;
+  const vf most = splat(limit), least = splat(-limit), factor = splat(scaled ? 1 / limit : 1.0f);
+  const auto term = [](float weight, const float* operand) {
+    return weight == 0 || operand == nullptr ? kNothing : operand;
+  };
+  const float to_noise = stretch.noise == nullptr ? 0 : stretch.row[step_column::prev_noise];
+  const float *sample = term(of[0], stretch.sample), *output = term(of[2], stretch.output);
+  const float* noise = term(to_noise, stretch.noise);
+  const float *first = predicted.operands[0], *second = predicted.operands[1];
+  const vf a = splat(predicted.weights[0]), b = splat(predicted.weights[1]);
+  const vf by_sample = splat(of[0]), by_output = splat(of[2]), by_noise = splat(to_noise);
+  const vf by_prediction = splat(of[1]);
+  const bool counts = of[1] != 0;  // else it may be no number
+  float *prediction = stretch.prediction, *prev = stretch.prev;
+  each_vector(stretch.count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
+    vf x = multiply_add(a, load_at(first, at, lanes), b * load_at(second, at, lanes));
+    x = maximum(least, minimum(most, x)) * factor;
+    vf sum =
+        multiply_add(by_sample, load_at(sample, at, lanes), by_output * load_at(output, at, lanes));
+    sum = multiply_add(by_noise, load_at(noise, at, lanes), sum);
+    if constexpr (kStored) store_at(prediction, at, lanes, x);
+    store_at(prev, at, lanes, counts ? multiply_add(by_prediction, x, sum) : sum);
+  });
+}
+
+// `predicted` makes the prediction; with `limited` it is there already.
+inline void step_sums(const Stretch& stretch, const Combination& predicted, bool stored,
+                      bool limited) {
+  Combination sums[3];
+  float* out[3];
+  int count = 0;
+  const auto write = [&](const Combination& sum, float* place) {
+    sums[count] = sum;
+    out[count++] = place;
+  };
+  if (stored && !limited) write(predicted, stretch.prediction);
+  if (stretch.extra != nullptr) {
+    write(combination(stretch, stretch.row + step_column::extra, limited), stretch.extra);
+  }
+  // `prev` comes last: it may take the place of an operand.
+  Combination to_prev = combination(stretch, stretch.row + step_column::prev, limited);
+  if (stretch.noise != nullptr) to_prev.add(stretch.row[step_column::prev_noise], stretch.noise);
+  write(to_prev, stretch.prev);
+  combine(sums, out, count, stretch.count);
+}
+
 inline void step_stretch(const DenoiseStep& task, int64_t level, const WholeSample& whole,
                          int64_t sample, int64_t first, int64_t count, StepRooms& rooms) {
   const float* row = row_of(task, level);
-  const float* x = read_block(task.sample, sample, first, count, rooms.sample);
-  const float* output = output_of(task, row, whole.output_factor, sample, first, count, rooms);
-
-  const bool wanted = task.prediction.data != nullptr, extra_wanted = task.extra.data != nullptr;
-  // `prev` may take the place of an operand that is read again, or later.
-  const bool kept = task.streaming || extra_wanted || task.history[0].data != nullptr;
-  float* prev = start_block(task.prev, sample, first, kept, rooms.prev);
-  float* prediction = rooms.prediction.floats;
-  if (wanted) {
-    prediction = start_block(task.prediction, sample, first, task.streaming, rooms.prediction);
-  }
-  const float limit = task.threshold == Threshold::clip ? row[step_column::clip] : whole.limit;
-  with_bool(task.threshold != Threshold::none, [&](auto limited) {
-    with_bool(task.threshold == Threshold::dynamic, [&](auto scaled) {
-      with_bool(row[step_column::prev + 1] != 0, [&](auto used) {
-        with_bool(wanted || extra_wanted, [&](auto stored) {
-          affine_part<decltype(limited)::value, decltype(scaled)::value, decltype(used)::value,
-                      decltype(stored)::value>(row, limit, x, output, count, prediction, prev);
-        });
-      });
-    });
-  });
-  float* extra = nullptr;
-  if (extra_wanted) {
-    extra = rooms.extra.floats;
-    std::fill(extra, extra + count, 0.0f);
-    const float* operands[] = {x, prediction, output};
-    for (int i = 0; i < 3; ++i) add_term(row[step_column::extra + i], operands[i], count, extra);
-  }
+  const bool drawn =
+      row[step_column::prev_noise] != 0 && (task.keyed || task.noise.data != nullptr);
+  const auto start = [&](const Samples& to, NoiseRoom& room) -> float* {
+    if (to.data == nullptr) return nullptr;
+    return start_block(to, sample, first, task.streaming, room);
+  };
+  Stretch stretch = {};
+  stretch.row = row;
+  stretch.count = count;
+  stretch.sample = read_block(task.sample, sample, first, count, rooms.sample);
+  stretch.output = output_of(task, row, whole.output_factor, sample, first, count, rooms);
+  if (drawn) stretch.noise = noise_of(task, level, sample, first, count, rooms);
   for (int i = 0; i < DenoiseStep::kHistory && task.history[i].data != nullptr; ++i) {
-    const float to_prev = row[step_column::prev + 3 + i];
-    const float to_extra = extra_wanted ? row[step_column::extra + 3 + i] : 0;
-    if (to_prev == 0 && to_extra == 0) continue;
-    const float* entry = read_block(task.history[i], sample, first, count, rooms.entry);
-    add_term(to_prev, entry, count, prev);
-    add_term(to_extra, entry, count, extra);
+    stretch.history[i] = read_block(task.history[i], sample, first, count, rooms.history[i]);
   }
-  const float to_noise = row[step_column::prev_noise];
-  if (to_noise != 0 && (task.keyed || task.noise.data != nullptr)) {
-    const float* z;
-    if (task.keyed) {
-      const uint32_t step = task.key.step + uint32_t(row_number(task, level));
-      z = fill_normals(task.key, task.key.sample_id(sample), step, first, count,
-                       rooms.noise.floats);
+  stretch.prev = start(task.prev, rooms.prev);
+  stretch.extra = start(task.extra, rooms.extra);
+  stretch.prediction = start(task.prediction, rooms.prediction);
+  const bool stored = stretch.prediction != nullptr;
+
+  Combination predicted;
+  predicted.add(row[step_column::prediction_sample], stretch.sample);
+  predicted.add(row[step_column::prediction_output], stretch.output);
+  if (task.threshold == Threshold::none) {
+    step_sums(stretch, predicted, stored, false);
+  } else {
+    const bool scaled = task.threshold == Threshold::dynamic;
+    const float limit = scaled ? whole.limit : row[step_column::clip];
+    if (!stored) stretch.prediction = rooms.prediction.floats;
+    if (predicted.count == 2 && stretch.history[0] == nullptr && stretch.extra == nullptr) {
+      const auto step = stored ? limited_step<true> : limited_step<false>;
+      step(stretch, predicted, limit, scaled);
     } else {
-      z = read_block(task.noise, sample, first, count, rooms.noise);
+      const auto limited_of = predicted.count == 2   ? limited_prediction<2>
+                              : predicted.count == 1 ? limited_prediction<1>
+                                                     : limited_prediction<0>;
+      limited_of(predicted, limit, scaled, count, stretch.prediction);
+      step_sums(stretch, predicted, stored, true);
     }
-    if (task.variance.data != nullptr) {
-      const float* v = read_block(task.variance, sample, first, count, rooms.variance);
-      scale_noise(task, row, v, count, z, rooms.entry.floats);
-      z = rooms.entry.floats;
-    }
-    add_term(to_noise, z, count, prev);
   }
-  finish_block(prev, task.prev, sample, first, count, task.streaming);
-  if (wanted) finish_block(prediction, task.prediction, sample, first, count, task.streaming);
-  if (extra_wanted) finish_block(extra, task.extra, sample, first, count, task.streaming);
+  const auto finish = [&](const float* floats, const Samples& to) {
+    if (to.data != nullptr) finish_block(floats, to, sample, first, count, task.streaming);
+  };
+  finish(stretch.prev, task.prev);
+  finish(stretch.prediction, task.prediction);
+  finish(stretch.extra, task.extra);
 }
 
 // Quantile and deviations of a sample come from passes of their own over it.
@@ -187,7 +295,7 @@ inline WholeSample whole_sample(const DenoiseStep& task, int64_t sample, StepRoo
     Deviation given, with_guidance;
     for (int64_t first = 0; first < elements; first += kNoiseBlock) {
       const int64_t count = std::min(kNoiseBlock, elements - first);
-      given.add(read_block(task.model_output, sample, first, count, rooms.entry), count);
+      given.add(read_block(task.model_output, sample, first, count, rooms.scaled), count);
       with_guidance.add(output_of(task, row, 1, sample, first, count, rooms), count);
     }
     const double ratio = given.deviation() / with_guidance.deviation();
@@ -195,19 +303,16 @@ inline WholeSample whole_sample(const DenoiseStep& task, int64_t sample, StepRoo
   }
   if (task.threshold == Threshold::dynamic) {
     SampleQuantile sizes(elements);
-    const float a = row[step_column::prediction_sample], b = row[step_column::prediction_output];
     for (int64_t first = 0; first < elements; first += kNoiseBlock) {
       const int64_t count = std::min(kNoiseBlock, elements - first);
-      const float* x = read_block(task.sample, sample, first, count, rooms.sample);
-      const float* output = output_of(task, row, whole.output_factor, sample, first, count, rooms);
-      const float *sample1 = counted(a, x), *output1 = counted(b, output);
-      float* sizes_here = rooms.prediction.floats;
-      each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
-        const vf value = multiply_add(splat(a), load_at(sample1, at, lanes),
-                                      splat(b) * load_at(output1, at, lanes));
-        store_at(sizes_here, at, lanes, (vf)((vi)value & splat(int32_t(0x7fffffff))));
-      });
-      sizes.add(sizes_here, count);
+      Combination predicted;
+      predicted.add(row[step_column::prediction_sample],
+                    read_block(task.sample, sample, first, count, rooms.sample));
+      predicted.add(row[step_column::prediction_output],
+                    output_of(task, row, whole.output_factor, sample, first, count, rooms));
+      float* values = rooms.prediction.floats;
+      combine(&predicted, &values, 1, count);
+      sizes.add(values, count);
     }
     const float quantile = sizes.at(task.ratio);
     const float most = row[step_column::clip];

@@ -10,7 +10,7 @@
 
 namespace vqkernels {
 
-constexpr int64_t kNoiseBlock = 1024;
+constexpr int64_t kNoiseBlock = 2048;
 
 struct Batch {
   int64_t count = 0, elements = 0;
@@ -66,7 +66,7 @@ struct Diffuse {
 
 struct DiffusionLoss {
   // A level's elements are summed in chunks that its length alone decides, and chunks in order.
-  static constexpr int64_t kChunk = 16 * kNoiseBlock;
+  static constexpr int64_t kChunk = 8 * kNoiseBlock;
 
   Mixture mixture;
   Samples model_output;

@@ -42,15 +42,15 @@ class Deviation {
   double mean_ = 0, square_ = 0;
 };
 
-// The quantile of numbers that are not negative, interpolated between its two neighbours. Their
-// bits are in their order: a histogram of the leading ones finds the few that need sorting.
+// The quantile of absolute values, interpolated between its two neighbours. Their bits are in their
+// order: a histogram of the leading ones finds the few that need sorting.
 class SampleQuantile {
  public:
   explicit SampleQuantile(int64_t count) : bits_(size_t(count)), counts_(kBins) {}
 
   void add(const float* values, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      const uint32_t bits = bit_cast<uint32_t>(values[i]);
+      const uint32_t bits = bit_cast<uint32_t>(values[i]) & 0x7fffffffu;
       bits_[size_t(added_ + i)] = bits;
       ++counts_[bits >> kShift];
     }
@@ -64,7 +64,7 @@ class SampleQuantile {
     const uint32_t most = *std::max_element(bits_.begin(), bits_.end());
     if (most > 0x7f800000u) return bit_cast<float>(most);
     const double rank = ratio * double(last);
-    const int64_t below = std::min(int64_t(rank), last), above = std::min(below + 1, last);
+    const int64_t below = int64_t(rank), above = int64_t(std::ceil(rank));
     const float low = ranked(below), high = above == below ? low : ranked(above);
     return low == high ? low : float(low + (double(high) - low) * (rank - double(below)));
   }

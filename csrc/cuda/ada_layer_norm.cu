@@ -3,9 +3,10 @@
 // Floor, bytes an element, s the tokens' size: s read and s written; with a gated sum 2 s read and
 // 2 s written, the gated sum alone 2 s and s. Rows stay in registers between their one read and
 // their one write; vectors are read once for all rows of a tile. An element takes about 10 fp32
-// operations: memory decides. What has to be under way for that (about 18 KB a multiprocessor of an
-// H100, 3.35 TB/s for 0.7 us): at 1152 bf16 columns two warps take a row, 36 bytes a thread, and 24
-// warps of 80 registers have 27 KB; with a branch 16 warps of 121 registers 36 KB.
+// operations: memory decides. What has to be under way for that is about 18 KB a multiprocessor of
+// an H100 (3.35 TB/s for 0.7 us), at all times: a row's loads are issued before the sums along the
+// row before it are formed. At 1152 bf16 columns a warp takes a row, so that no barrier stands
+// between rows, and 16 warps of 128 registers have 36 KB under way, with a branch 73 KB.
 //
 // Other rows (pieces that memory does not align, a half stream beside a branch of another dtype,
 // more columns than a block holds) are read once from memory too, and again from the cache.
@@ -15,11 +16,15 @@ namespace vqkernels::cuda {
 namespace {
 
 constexpr int kAnyThreads = 256;
-constexpr int kMostTile = 8;  // rows of one group of a tile
+constexpr int kMostTile = 8;      // rows of one group of a tile
+constexpr int kWantedWarps = 48;  // of a multiprocessor, thrice what it holds: tiles end in turn
 
 // Pieces of a row that a thread holds at most.
 template <typename T>
-constexpr int kMostPieces = std::is_same_v<T, float> ? 4 : 3;
+constexpr int kMostPieces = std::is_same_v<T, float> ? 4 : 5;
+// Warps of a row that are then enough.
+template <typename T>
+constexpr int kRowWarps = (kMostColumns / kPiece<T> - 1) / (kMostPieces<T> * kWarp) + 1;
 constexpr int kGatePieces = 2;  // of a gated sum alone, which needs no whole rows
 constexpr int kGateWarps = 8;
 
@@ -28,9 +33,10 @@ constexpr int kGateWarps = 8;
 struct Normal {
   float mean, left, inverse;
 
+  // The means of a row's distances from `mean` and of their squares.
   __device__ Normal(float mean, float away, float squares, const Modulate& call)
-      : mean(mean), left(call.centered ? away / float(call.width) : 0.0f) {
-    const float variance = squares / float(call.width) - left * left;
+      : mean(mean), left(call.centered ? away : 0.0f) {
+    const float variance = squares - left * left;
     inverse = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + call.eps);  // NaN stays
   }
 
@@ -58,21 +64,22 @@ __device__ __forceinline__ void load_addend(const Modulate& call, const Tile& ti
   for (int e = 0; e < kCount; ++e) addend[e] = fmaf(bias[e], ones[e], addend[e]);
 }
 
-// Of a row in registers; `column < width` tells which of its pieces there are.
-template <int kPieces, int kCount>
+// Of a row in registers, of whose elements each counts `share`.
+template <int kPieces, int kCount, typename Each>
 __device__ __forceinline__ Normal normal_of(const float (&values)[kPieces][kCount],
-                                            const Modulate& call, RowSums& sum_row) {
+                                            const Each& each, float share, const Modulate& call,
+                                            RowSums& sum_row) {
   float mean[1] = {0};
   if (call.centered) {
-    each_piece<kPieces, kCount>(0, int(call.width), [&](int i, int) {
+    each([&](int i, int) {
 #pragma unroll
       for (int e = 0; e < kCount; ++e) mean[0] += values[i][e];
     });
     sum_row(mean);
-    mean[0] /= float(call.width);
+    mean[0] *= share;
   }
   float sums[2] = {0, 0};
-  each_piece<kPieces, kCount>(0, int(call.width), [&](int i, int) {
+  each([&](int i, int) {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       const float away = values[i][e] - mean[0];
@@ -81,24 +88,45 @@ __device__ __forceinline__ Normal normal_of(const float (&values)[kPieces][kCoun
     }
   });
   sum_row(sums);
-  return Normal(mean[0], sums[0], sums[1], call);
+  return Normal(mean[0], sums[0] * share, sums[1] * share, call);
 }
 
 enum Kind { kFactor, kAddend, kGate };  // of vectors in shared memory; a gate alone is the first
 
-// At least one block: unasked, the compiler aims at more, and spills.
-template <typename T, int kPieces, bool kNorm, bool kGated>
-__global__ void __launch_bounds__(kMostWarps* kWarp, 1) modulate_rows(Modulate call, Tiles tiles) {
+// Threads of a block at most, and blocks at least. Unasked, the compiler aims at more of them, and
+// spills; blocks whose warps have a row each are few enough at 128 registers.
+template <typename T, bool kOneWarp, bool kNorm>
+constexpr int kMostThreads = kWarp * (kOneWarp ? kMostGroups
+                                      : kNorm  ? kRowWarps<T>
+                                               : kGateWarps);
+
+template <typename T, int kPieces, bool kOneWarp, bool kNorm, bool kGated>
+__global__ void __launch_bounds__(kMostThreads<T, kOneWarp, kNorm>, kOneWarp ? 4 : 1)
+    modulate_rows(Modulate call, Tiles tiles) {
   constexpr int kCount = kPiece<T>, kGateKind = kNorm ? kGate : 0;
+  constexpr int kWhole = kNorm ? kPieces - 1 : 0;
   __shared__ RowSums::Slots slots;
   VQKERNELS_DYNAMIC_SHARED(float, memory);
-  RowSums sum_row(slots);
+  const int threads = kOneWarp ? kWarp : int(blockDim.x);  // of a row
+  RowSums sum_row(slots, threads);
   const Tile tile(tiles, blockIdx.x);
-  const int width = int(call.width), most = int(blockDim.x) * kPieces;
-  const int first = int(tile.column_block) * most;
-  const auto each = [&](const auto& f) { each_piece<kPieces, kCount>(first * kCount, width, f); };
+  const int width = int(call.width), first = int(tile.column_block) * threads * kPieces;
+  [[maybe_unused]] const float share = 1.0f / float(width);
+  const auto each = [&](const auto& f) {
+    each_piece<kPieces, kCount, kWhole>(first * kCount, width, threads, f);
+  };
 
-  SharedVectors<kCount> vectors(memory, first, width, most);
+  Words ahead[kPieces];
+  [[maybe_unused]] Words branches[kPieces];
+  const auto fetch = [&](unsigned token) {
+    if (token >= tile.end) return;
+    const T* x = row_of<T>(call.x, tile.sample, token);
+    each([&](int i, int column) { ahead[i] = load_words(x + column); });
+    if constexpr (kGated) load_branch<T>(call.branch, tile.sample, token, each, branches);
+  };
+  fetch(tile.begin + threadIdx.y);
+
+  SharedVectors<kCount> vectors(memory, first, width, threads, kPieces);
   if constexpr (kNorm) {
     vectors.fill(kFactor, [&](int column, float (&factor)[kCount]) {
       load_factor(call.scale, call.weight, tile, column, factor);
@@ -116,26 +144,25 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) modulate_rows(Modulate c
 
   for (unsigned token = tile.begin + threadIdx.y; token < tile.end; token += blockDim.y) {
     float values[kPieces][kCount];
-    const T* x = row_of<T>(call.x, tile.sample, token);
-    each([&](int i, int column) { load(x + column, values[i]); });
+    each([&](int i, int) { unpack<T>(ahead[i], values[i]); });
     if constexpr (kGated) {
-      Packed<T, kCount> branches[kPieces];
-      load_branch<T>(call.branch, tile.sample, token, each, branches);
       T* stream = row_of<T>(call.stream, tile.sample, token);
       each([&](int i, int column) {
-        float gate[kCount];
+        float gate[kCount], added[kCount];
         vectors.read(kGateKind, i, gate);
+        unpack<T>(branches[i], added);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
           // The rounded sum: what a reader of the stream normalizes.
-          const float sum = fmaf(gate[e], element(branches[i].values[e]), values[i][e]);
+          const float sum = fmaf(gate[e], added[e], values[i][e]);
           values[i][e] = element(rounded<T>(sum));
         }
         store(stream + column, values[i]);
       });
     }
+    fetch(token + blockDim.y);
     if constexpr (kNorm) {
-      const Normal normal = normal_of(values, call, sum_row);
+      const Normal normal = normal_of(values, each, share, call, sum_row);
       if (threadIdx.x == 0) normal.store(call, tile.sample, token);
       T* out = row_of<T>(call.out, tile.sample, token);
       each([&](int i, int column) {
@@ -155,7 +182,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1) modulate_rows(Modulate c
 // Element by element, of any types: a block a row, which is read from the cache once it was read.
 __global__ void __launch_bounds__(kAnyThreads, 1) modulate_any(Modulate call, Tiles tiles) {
   __shared__ RowSums::Slots slots;
-  RowSums sum_row(slots);
+  RowSums sum_row(slots, blockDim.x);
   const Tile tile(tiles, blockIdx.x);
   const bool gated = call.branch.data != nullptr, normalized = call.out.data != nullptr;
   const DType dtype = call.x.dtype;
@@ -196,7 +223,7 @@ __global__ void __launch_bounds__(kAnyThreads, 1) modulate_any(Modulate call, Ti
       sums[1] = fmaf(away, away, sums[1]);
     }
     sum_row(sums);
-    const Normal normal(mean[0], sums[0], sums[1], call);
+    const Normal normal(mean[0], sums[0] / float(call.width), sums[1] / float(call.width), call);
     if (threadIdx.x == 0) normal.store(call, tile.sample, token);
     const int64_t out = place(call.out, tile.sample, token);
     for (int64_t column = threadIdx.x; column < call.width; column += step) {
@@ -210,9 +237,11 @@ __global__ void __launch_bounds__(kAnyThreads, 1) modulate_any(Modulate call, Ti
   }
 }
 
-// Rows of a tile: more of them share a read of the vectors, while there are blocks enough.
-int64_t tile_rows(int64_t rows, int64_t groups, const Context& context) {
-  const int64_t of_group = rows / (int64_t(context.device.multiprocessors) * 16 * groups);
+// Rows of a tile, of blocks of so many warps: more of them share a read of the vectors, while there
+// are warps enough.
+int64_t tile_rows(int64_t rows, int64_t groups, int64_t warps, const Context& context) {
+  const int64_t blocks = int64_t(context.device.multiprocessors) * kWantedWarps / warps;
+  const int64_t of_group = rows / (std::max<int64_t>(blocks, 1) * groups);
   return groups * std::clamp<int64_t>(of_group, 1, kMostTile);
 }
 
@@ -224,19 +253,30 @@ void launch_rows(const Modulate& call, int64_t span, const Context& context) {
   if (!kNorm) share = {std::min(share.warps, kGateWarps), kGatePieces};
   const unsigned groups = share.warps > 1 ? 1 : unsigned(std::min<int64_t>(kMostGroups, span));
   const int64_t rows = call.batch * call.tokens;
-  Tiles tiles(call.batch, call.tokens, span, tile_rows(rows, groups, context));
+  Tiles tiles(call.batch, call.tokens, span,
+              tile_rows(rows, groups, share.warps * groups, context));
   if (!kNorm) tiles.column_blocks = blocks_for(pieces, share.warps * kWarp * kGatePieces);
   const dim3 grid(tiles.count * tiles.column_blocks), block(share.warps * kWarp, groups);
   const int64_t shared = SharedVectors<kPiece<T>>::bytes(
       2 * kNorm + kGated, std::min<int64_t>(pieces, share.warps * kWarp * share.pieces));
-  with_count<kMost>(share.pieces, [&](auto count) {
-    constexpr int kPieces = decltype(count)::value;
-    if constexpr (kNorm || kPieces == kGatePieces) {
-      VQKERNELS_LAUNCH((modulate_rows<T, kPieces, kNorm, kGated>), grid, block, shared,
-                       context.stream)
-      (call, tiles);
-    }
-  });
+  if constexpr (kNorm) {
+    with_count<kMost>(share.pieces, [&](auto count) {
+      constexpr int kPieces = decltype(count)::value;
+      if (share.warps == 1) {
+        VQKERNELS_LAUNCH((modulate_rows<T, kPieces, true, true, kGated>), grid, block, shared,
+                         context.stream)
+        (call, tiles);
+      } else if constexpr (kPieces > kMost / 2) {  // fewer leave nothing to a second warp
+        VQKERNELS_LAUNCH((modulate_rows<T, kPieces, false, true, kGated>), grid, block, shared,
+                         context.stream)
+        (call, tiles);
+      }
+    });
+  } else {
+    VQKERNELS_LAUNCH((modulate_rows<T, kGatePieces, false, false, true>), grid, block, shared,
+                     context.stream)
+    (call, tiles);
+  }
 }
 
 }  // namespace

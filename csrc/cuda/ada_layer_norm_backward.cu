@@ -6,9 +6,10 @@
 // and keeps the sums down the columns there as well; `modulation_sums.h` adds chunks up in order. A
 // chunk's length follows from the shapes alone, so sums have the same bits on every run and device.
 //
-// At 1152 bf16 columns three warps take a row, 24 bytes a thread and tensor: 15 warps of 128
-// registers have 23 KB under way. With a branch a thread has one piece only, whose three sums and
-// four tensors take 123 registers: five warps a row, 15 a multiprocessor, 27 KB.
+// At 1152 bf16 columns three warps take a row: 12 warps of 158 registers have four rows of two
+// tensors under way, 18 KB. With a branch a thread has one piece only, whose three sums and eight
+// pieces, of this row and of the next, take 126 registers: five warps a row, three rows of four
+// tensors a multiprocessor, 28 KB.
 //
 // Other rows (pieces that memory does not align, a half stream beside a branch of another dtype,
 // more columns than a block holds) are read twice: sums along the rows of a chunk first.
@@ -47,14 +48,15 @@ __device__ __forceinline__ void store_sums(const Results& to, float* of_groups, 
   if (blockDim.y == 1) {
     on_type(to.dtype, [&](auto type) {
       auto* sums_of_chunk = static_cast<typename decltype(type)::type*>(to.data) + row;
-      each_piece<kPieces, kCount>(
-          first, width, [&](int i, int column) { store(sums_of_chunk + column, sums[i]); });
+      each_piece<kPieces, kCount>(first, width, blockDim.x, [&](int i, int column) {
+        store(sums_of_chunk + column, sums[i]);
+      });
     });
     return;
   }
   const int columns = int(blockDim.x) * kPieces * kCount;
   __syncthreads();  // until nobody reads what was there before
-  each_piece<kPieces, kCount>(0, width - first, [&](int i, int column) {
+  each_piece<kPieces, kCount>(0, width - first, blockDim.x, [&](int i, int column) {
     store(of_groups + threadIdx.y * columns + column, sums[i]);
   });
   __syncthreads();
@@ -68,21 +70,48 @@ __device__ __forceinline__ void store_sums(const Results& to, float* of_groups, 
   }
 }
 
-// So many blocks at least: unasked, the compiler aims at more, and spills.
+// At least one block: unasked, the compiler aims at more, and spills.
 template <typename T, int kPieces, bool kNorm, bool kGated>
-__global__ void __launch_bounds__((kNorm ? kBackwardWarps<T, kGated> : kGateWarps) * kWarp,
-                                  kGated ? 1 : 2)
+__global__ void __launch_bounds__((kNorm ? kBackwardWarps<T, kGated> : kGateWarps) * kWarp, 1)
     modulate_rows_backward(ModulateBackward call, Tiles tiles, ChunkSums to) {
   constexpr int kCount = kPiece<T>, kFactor = 0, kGate = kNorm;
+  constexpr int kWhole = kNorm ? kPieces - 1 : 0;
   __shared__ RowSums::Slots slots;
   VQKERNELS_DYNAMIC_SHARED(float, memory);
-  RowSums sum_row(slots);
+  const int threads = blockDim.x;  // of a row
+  RowSums sum_row(slots, threads);
   const Tile tile(tiles, blockIdx.x);
-  const int width = int(call.width), most = int(blockDim.x) * kPieces;
-  const int first = int(tile.column_block) * most;
-  const auto each = [&](const auto& f) { each_piece<kPieces, kCount>(first * kCount, width, f); };
+  const int width = int(call.width), first = int(tile.column_block) * threads * kPieces;
+  [[maybe_unused]] const float share = 1.0f / float(width);
+  const auto each = [&](const auto& f) {
+    each_piece<kPieces, kCount, kWhole>(first * kCount, width, threads, f);
+  };
 
-  SharedVectors<kCount> vectors(memory, first, width, most);
+  // A row's loads are issued before the sums along the row before it are formed.
+  Words grads_ahead[kPieces];
+  [[maybe_unused]] Words x_ahead[kPieces], passed_ahead[kPieces], branch_ahead[kPieces];
+  [[maybe_unused]] float statistics_ahead[2];
+  const auto fetch = [&](unsigned token) {
+    if (token >= tile.end) return;
+    const auto load_row = [&](const Tokens& of, Words(&pieces)[kPieces]) {
+      const T* row = row_of<T>(of, tile.sample, token);
+      each([&](int i, int column) { pieces[i] = load_words(row + column); });
+    };
+    load_row(call.grad, grads_ahead);
+    if constexpr (kNorm) {
+      load_row(call.x, x_ahead);
+      const float* of_row = call.statistics + 2 * (tile.sample * call.tokens + token);
+      statistics_ahead[0] = of_row[0];
+      statistics_ahead[1] = of_row[1];
+    }
+    if constexpr (kGated) load_branch<T>(call.branch, tile.sample, token, each, branch_ahead);
+    if constexpr (kNorm) {
+      if (call.passed.data != nullptr) load_row(call.passed, passed_ahead);
+    }
+  };
+  fetch(tile.begin + threadIdx.y);
+
+  SharedVectors<kCount> vectors(memory, first, width, threads, kPieces);
   if constexpr (kNorm) {
     vectors.fill(kFactor, [&](int column, float (&factor)[kCount]) {
       load_factor(call.scale, call.weight, tile, column, factor);
@@ -99,25 +128,20 @@ __global__ void __launch_bounds__((kNorm ? kBackwardWarps<T, kGated> : kGateWarp
   [[maybe_unused]] float of_gates[kPieces][kCount] = {};
   for (unsigned token = tile.begin + threadIdx.y; token < tile.end; token += blockDim.y) {
     float grads[kPieces][kCount];
-    [[maybe_unused]] float normed[kPieces][kCount];
-    [[maybe_unused]] Packed<T, kCount> passed[kPieces];
-    [[maybe_unused]] Packed<T, kCount> branches[kPieces];
-    const T* grad = row_of<T>(call.grad, tile.sample, token);
-    each([&](int i, int column) { load(grad + column, grads[i]); });
-    if constexpr (kNorm) {
-      const T* x = row_of<T>(call.x, tile.sample, token);
-      each([&](int i, int column) { load(x + column, normed[i]); });
-    }
-    if constexpr (kGated) {
-      load_branch<T>(call.branch, tile.sample, token, each, branches);
-    }
-    if constexpr (kNorm) {
-      if (call.passed.data != nullptr) {
-        const T* from = row_of<T>(call.passed, tile.sample, token);
-        each([&](int i, int column) { passed[i] = load_packed<kCount>(from + column); });
+    [[maybe_unused]] float normed[kPieces][kCount], inverse = 0;
+    [[maybe_unused]] Words passed[kPieces], branches[kPieces];
+    each([&](int i, int) {
+      unpack<T>(grads_ahead[i], grads[i]);
+      if constexpr (kNorm) {
+        unpack<T>(x_ahead[i], normed[i]);
+        passed[i] = passed_ahead[i];
       }
-      const float* statistics = call.statistics + 2 * (tile.sample * call.tokens + token);
-      const float mean = statistics[0], inverse = statistics[1];
+      if constexpr (kGated) branches[i] = branch_ahead[i];
+    });
+    [[maybe_unused]] const float mean = kNorm ? statistics_ahead[0] : 0.0f;
+    if constexpr (kNorm) inverse = statistics_ahead[1];
+    fetch(token + blockDim.y);
+    if constexpr (kNorm) {
       float along[2] = {0, 0};  // of h and of h n
       each([&](int i, int) {
         float factor[kCount];
@@ -133,25 +157,28 @@ __global__ void __launch_bounds__((kNorm ? kBackwardWarps<T, kGated> : kGateWarp
         }
       });
       sum_row(along);
-      const float constant = call.centered ? along[0] / float(width) : 0.0f;
-      const float slope = along[1] / float(width);
+      const float constant = call.centered ? along[0] * share : 0.0f;
+      const float slope = along[1] * share;
       T* grad_x = row_of<T>(call.grad_x, tile.sample, token);
       each([&](int i, int column) {
+        float others[kCount] = {};
+        if (call.passed.data != nullptr) unpack<T>(passed[i], others);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          grads[i][e] = fmaf(normed[i][e], -slope, grads[i][e] - constant) * inverse;
-          if (call.passed.data != nullptr) grads[i][e] += element(passed[i].values[e]);
+          const float centered = fmaf(normed[i][e], -slope, grads[i][e] - constant);
+          grads[i][e] = fmaf(centered, inverse, others[e]);
         }
         store(grad_x + column, grads[i]);
       });
     }
     if constexpr (kGated) {
       each([&](int i, int) {
-        float gate[kCount];
+        float gate[kCount], added[kCount];
         vectors.read(kGate, i, gate);
+        unpack<T>(branches[i], added);
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
-          of_gates[i][e] = fmaf(grads[i][e], element(branches[i].values[e]), of_gates[i][e]);
+          of_gates[i][e] = fmaf(grads[i][e], added[e], of_gates[i][e]);
           grads[i][e] *= gate[e];
         }
       });
@@ -177,7 +204,7 @@ __global__ void __launch_bounds__(kAnyThreads, 1)
     modulate_any_backward(ModulateBackward call, Tiles tiles, ChunkSums to) {
   __shared__ RowSums::Slots slots;
   __shared__ float along_rows[kMostChunk][2];  // constant, slope
-  RowSums sum_row(slots);
+  RowSums sum_row(slots, blockDim.x);
   const Tile tile(tiles, blockIdx.x);
   const bool gated = call.branch.data != nullptr, normalized = call.x.data != nullptr;
   const auto at = [&](const Vectors& vectors, int64_t column) {

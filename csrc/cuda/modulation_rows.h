@@ -14,7 +14,7 @@
 #include <type_traits>
 
 #include "modulation.h"
-#include "rows.h"
+#include "pieces.h"
 
 namespace vqkernels::cuda {
 
@@ -22,56 +22,24 @@ constexpr int kMostWarps = 16;      // of a row
 constexpr int kMostColumns = 8192;  // three vectors of floats fit every GPU's shared memory
 constexpr int kMostGroups = 4;      // rows side by side, where a warp takes a row
 
-// Neighbouring elements, read at once.
-template <typename T, int kCount>
-struct alignas(std::min(size_t(16), sizeof(T) * kCount)) Packed {
-  T values[kCount];
-};
+// A piece as it lies in memory, two halves a register, until its elements are needed.
+using Words = Packed<uint32_t, 4>;
 
 template <typename T>
-constexpr int kPiece = 16 / int(sizeof(T));
-
-template <int kCount, typename T>
-__device__ __forceinline__ Packed<T, kCount> load_packed(const T* from) {
-  return *reinterpret_cast<const Packed<T, kCount>*>(from);
+__device__ __forceinline__ Words load_words(const T* from) {
+  return *reinterpret_cast<const Words*>(from);
 }
 
 template <typename T, int kCount>
-__device__ __forceinline__ void load(const T* from, float (&values)[kCount]) {
-  const auto packed = load_packed<kCount>(from);
+__device__ __forceinline__ void unpack(const Words& words, float (&values)[kCount]) {
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) values[e] = element(packed.values[e]);
-}
-
-template <typename T, int kCount>
-__device__ __forceinline__ void store(T* to, const float (&values)[kCount]) {
-  Packed<T, kCount> packed;
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) packed.values[e] = rounded<T>(values[e]);
-  *reinterpret_cast<Packed<T, kCount>*>(to) = packed;
-}
-
-// Calls f with the Type that `dtype` names, in a kernel.
-template <typename F>
-__device__ __forceinline__ void on_type(DType dtype, const F& f) {
-  if (dtype == DType::f16) return f(Type<__half>());
-  if (dtype == DType::bf16) return f(Type<__nv_bfloat16>());
-  f(Type<float>());
-}
-
-__device__ __forceinline__ float element_of(const void* data, DType dtype, int64_t at) {
-  float value = 0;
-  on_type(dtype, [&](auto type) {
-    value = element(static_cast<const typename decltype(type)::type*>(data)[at]);
-  });
-  return value;
-}
-
-__device__ __forceinline__ void set_element(void* data, DType dtype, int64_t at, float value) {
-  on_type(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    static_cast<T*>(data)[at] = rounded<T>(value);
-  });
+  for (int e = 0; e < kCount; ++e) {
+    if constexpr (std::is_same_v<T, float>) {
+      memcpy(&values[e], &words.values[e], sizeof(float));
+    } else {
+      values[e] = element(half_of_bits<T>(uint16_t(words.values[e / 2] >> e % 2 * 16)));
+    }
+  }
 }
 
 // How a call's rows are divided among blocks: tiles of at most `rows` tokens of one span, times
@@ -127,16 +95,17 @@ __device__ __forceinline__ void on_branch(const Tokens& branch, const F& f) {
 // Pieces of a branch's row, as the stream's type holds them without loss.
 template <typename T, int kPieces, typename Each>
 __device__ __forceinline__ void load_branch(const Tokens& branch, unsigned sample, unsigned token,
-                                            const Each& each,
-                                            Packed<T, kPiece<T>> (&pieces)[kPieces]) {
+                                            const Each& each, Words (&pieces)[kPieces]) {
   on_branch<T>(branch, [&](auto type) {
     using X = typename decltype(type)::type;
     const X* from = row_of<X>(branch, sample, token);
     each([&](int i, int column) {
       if constexpr (std::is_same_v<T, X>) {
-        pieces[i] = load_packed<kPiece<T>>(from + column);
+        pieces[i] = load_words(from + column);
       } else {
-        load(from + column, pieces[i].values);
+        float values[kPiece<T>];
+        load(from + column, values);
+        memcpy(&pieces[i], values, sizeof(values));
       }
     });
   });
@@ -178,13 +147,14 @@ __device__ __forceinline__ void load_factor(const Vectors& scale, const Vectors&
   for (int e = 0; e < kCount; ++e) factor[e] *= weights[e];
 }
 
-// Calls f(i, column) for this thread's pieces of a row from `first` on.
-template <int kPieces, int kCount, typename F>
-__device__ __forceinline__ void each_piece(int first, int width, const F& f) {
+// Calls f(i, column) for this thread's pieces of a row from `first` on, which `threads` share. The
+// first kWhole of them are there: of a row that `share_of` divides all but the last.
+template <int kPieces, int kCount, int kWhole = 0, typename F>
+__device__ __forceinline__ void each_piece(int first, int width, int threads, const F& f) {
 #pragma unroll
   for (int i = 0; i < kPieces; ++i) {
-    const int column = first + (i * int(blockDim.x) + int(threadIdx.x)) * kCount;
-    if (column < width) f(i, column);
+    const int column = first + (i * threads + int(threadIdx.x)) * kCount;
+    if (i < kWhole || column < width) f(i, column);
   }
 }
 
@@ -193,9 +163,12 @@ __device__ __forceinline__ void each_piece(int first, int width, const F& f) {
 template <int kCount>
 class SharedVectors {
  public:
-  // Of the pieces from `first` on, as many as the block's threads hold.
-  __device__ SharedVectors(float* memory, int first, int width, int most)
-      : memory_(memory), first_(first), pieces_(min(most, width / kCount - first)) {}
+  // Of the pieces from `first` on, as many as `threads` hold of a row, `each` of them a thread.
+  __device__ SharedVectors(float* memory, int first, int width, int threads, int each)
+      : memory_(memory),
+        first_(first),
+        pieces_(min(threads * each, width / kCount - first)),
+        threads_(threads) {}
 
   // Lets f(column, values) fill a vector: from the column on, as many as a piece has.
   template <typename F>
@@ -212,7 +185,7 @@ class SharedVectors {
 
   // This thread's piece i.
   __device__ __forceinline__ void read(int kind, int i, float (&values)[kCount]) const {
-    const int piece = i * blockDim.x + threadIdx.x;
+    const int piece = i * threads_ + int(threadIdx.x);
 #pragma unroll
     for (int e = 0; e < kCount; e += 4) {
       const auto part = load_packed<4>(place(kind, piece, e));
@@ -230,7 +203,7 @@ class SharedVectors {
   }
 
   float* memory_;
-  int first_, pieces_;
+  int first_, pieces_, threads_;
 };
 
 // Sums over the threads of a row, the same in each of them. Two sets of slots take turns, so that
@@ -239,30 +212,27 @@ class RowSums {
  public:
   using Slots = float[2][kMostWarps][2];
 
-  __device__ explicit RowSums(Slots& slots) : slots_(slots) {}
+  __device__ RowSums(Slots& slots, int threads) : slots_(slots), warps_(threads / kWarp) {}
 
   template <int kSums>
   __device__ __forceinline__ void operator()(float (&sums)[kSums]) {
 #pragma unroll
     for (int k = 0; k < kSums; ++k) sums[k] = warp_sum(sums[k]);
-    const int warps = blockDim.x / kWarp;
-    if (warps == 1) return;
+    if (warps_ == 1) return;
     auto& slots = slots_[turn_];
     turn_ ^= 1;
     if (threadIdx.x % kWarp == 0) {
       for (int k = 0; k < kSums; ++k) slots[threadIdx.x / kWarp][k] = sums[k];
     }
     __syncthreads();
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-      sums[k] = slots[0][k];
-      for (int warp = 1; warp < warps; ++warp) sums[k] += slots[warp][k];
-    }
+    for (int k = 0; k < kSums; ++k) sums[k] = warp_sum(lane < warps_ ? slots[lane][k] : 0.0f);
   }
 
  private:
   Slots& slots_;
-  int turn_ = 0;
+  int warps_, turn_ = 0;
 };
 
 // Launchers' part -------------------------------------------------------------------------------

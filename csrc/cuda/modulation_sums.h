@@ -1,8 +1,9 @@
 // Sums of chunks in order: gradients of vectors, weights and biases.
 //
-// A vector's chunks lie side by side, `[chunks, D]`. A block takes 32 columns of one gradient: each
-// of its warps adds up its share of the chunks in order, then the first adds up the shares. Floor:
-// every chunk's sums read once, from L2.
+// A vector's chunks lie side by side, `[chunks, D]`. Of 32 columns of one gradient a warp adds up a
+// share of the chunks in order, then the first warp the shares; as many warps take part as find
+// kLeastShare chunks each, and a block takes as many columns as that leaves warps for. Floor: every
+// chunk's sums read once, from L2.
 #pragma once
 
 #include "modulation_rows.h"
@@ -17,7 +18,8 @@ struct Results {
 
 namespace {
 
-constexpr int kShares = 16;
+constexpr int kWarps = 16;  // of a block: shares of a gradient's columns times groups of columns
+constexpr int kLeastShare = 8;
 constexpr int kMostTotals = 5;
 
 // One gradient: the sum over a vector's chunks of `sums`, times `weight`, plus that of `beside`
@@ -25,7 +27,8 @@ constexpr int kMostTotals = 5;
 struct Total {
   const float* sums;
   Results to;
-  unsigned vectors, chunks;  // chunks of one vector
+  unsigned chunks, shares;  // of one vector
+  unsigned blocks;
   bool scaled = false;
   Vectors weight;
   const float* beside = nullptr;
@@ -39,38 +42,47 @@ struct Totals {
   Total of[kMostTotals];
 };
 
-__global__ void __launch_bounds__(kShares* kWarp) add_up(Totals call) {
-  __shared__ float shares[2][kShares][kWarp];
-  const unsigned column_blocks = unsigned((call.width + kWarp - 1) / kWarp);
-  unsigned vector = blockIdx.x / column_blocks;
+__global__ void __launch_bounds__(kWarps* kWarp) add_up(Totals call) {
+  __shared__ float shares[2][kWarps][kWarp];
+  unsigned block = blockIdx.x;
   int kind = 0;
-  while (vector >= call.of[kind].vectors) vector -= call.of[kind++].vectors;
+  while (block >= call.of[kind].blocks) block -= call.of[kind++].blocks;
   const Total& total = call.of[kind];
-  const int64_t column = int64_t(blockIdx.x % column_blocks) * kWarp + threadIdx.x;
+  const unsigned share = threadIdx.y % total.shares, groups = kWarps / total.shares;
+  const unsigned columns = groups * kWarp, column_blocks = (call.width + columns - 1) / columns;
+  const unsigned vector = block / column_blocks;
+  const int64_t column =
+      block % column_blocks * columns + threadIdx.y / total.shares * kWarp + threadIdx.x;
   const bool inside = column < call.width;
 
-  const unsigned each = (total.chunks + kShares - 1) / kShares;
-  const unsigned begin = min(threadIdx.y * each, total.chunks);
-  const unsigned end = min(begin + each, total.chunks);
-  float sum = 0, beside = 0;
-  for (unsigned i = begin; inside && i < end; ++i) {
-    const unsigned chunk = vector * total.chunks + i;
-    const int64_t at = chunk * call.width + column;
-    float term = total.sums[at];
-    if (total.scaled) {
+  const unsigned each = (total.chunks + total.shares - 1) / total.shares;
+  const unsigned first = vector * total.chunks;
+  const unsigned begin = first + min(share * each, total.chunks);
+  const unsigned end = inside ? first + min((share + 1) * each, total.chunks) : begin;
+  const auto sum_of = [&](const float* sums) {
+    float sum = 0;
+#pragma unroll 8
+    for (unsigned chunk = begin; chunk < end; ++chunk) sum += sums[chunk * call.width + column];
+    return sum;
+  };
+  float sum = 0;
+  if (total.scaled) {
+    for (unsigned chunk = begin; chunk < end; ++chunk) {
       const int64_t scale = place(call.scale, Tile(call.tiles, chunk)) + column;
-      term *= 1.0f + element_of(call.scale.data, call.scale.dtype, scale);
+      const float factor = 1.0f + element_of(call.scale.data, call.scale.dtype, scale);
+      sum = fmaf(total.sums[chunk * call.width + column], factor, sum);
     }
-    sum += term;
-    if (total.beside != nullptr) beside += total.beside[at];
+  } else {
+    sum = sum_of(total.sums);
   }
+  float beside = total.beside == nullptr ? 0.0f : sum_of(total.beside);
   shares[0][threadIdx.y][threadIdx.x] = sum;
   shares[1][threadIdx.y][threadIdx.x] = beside;
   __syncthreads();
-  if (threadIdx.y > 0 || !inside) return;
-  for (int share = 1; share < kShares; ++share) {
-    sum += shares[0][share][threadIdx.x];
-    beside += shares[1][share][threadIdx.x];
+  if (share > 0 || !inside) return;
+  for (unsigned other = 1; other < total.shares; ++other) {
+    sum += shares[0][threadIdx.y + other][threadIdx.x];
+    beside += shares[1][threadIdx.y + other][threadIdx.x];
   }
   if (total.weight.data != nullptr) {
     sum *= element_of(total.weight.data, total.weight.dtype, column);
@@ -93,23 +105,25 @@ class AddUp {
     Total& total = totals_.of[count_++];
     total.sums = static_cast<const float*>(sums.data);
     total.to = {to.data, to.dtype};
-    total.vectors = unsigned(rows_ / to.each);
-    total.chunks = totals_.tiles.count / total.vectors;
-    blocks_ += total.vectors;
+    const int64_t vectors = rows_ / to.each;
+    total.chunks = unsigned(totals_.tiles.count / vectors);
+    total.shares = kWarps;
+    while (total.shares > 1 && total.chunks < total.shares * kLeastShare) total.shares /= 2;
+    const int64_t columns = int64_t(kWarps / total.shares) * kWarp;
+    total.blocks = unsigned(vectors * blocks_for(totals_.width, columns));
+    blocks_ += total.blocks;
     return &total;
   }
 
   void launch(const Context& context) const {
     if (count_ == 0) return;
-    const int64_t column_blocks = (totals_.width + kWarp - 1) / kWarp;
-    VQKERNELS_LAUNCH(add_up, dim3(unsigned(blocks_ * column_blocks)), dim3(kWarp, kShares), 0,
-                     context.stream)
-    (totals_);
+    VQKERNELS_LAUNCH(add_up, dim3(blocks_), dim3(kWarp, kWarps), 0, context.stream)(totals_);
   }
 
  private:
   Totals totals_;
-  int64_t rows_, blocks_ = 0;
+  int64_t rows_;
+  unsigned blocks_ = 0;
   int count_ = 0;
 };
 

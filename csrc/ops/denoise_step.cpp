@@ -54,9 +54,10 @@ std::tuple<Tensor, Tensor, Tensor> denoise_step(
   task.whole_samples = rescaled || task.threshold == Threshold::dynamic;
 
   const Tensor prev = result_like(sample_given, out, 0);
-  const Tensor nothing = empty({0}, sample.scalar_type(), sample);
-  const Tensor prediction = want_prediction ? result_like(sample_given, {}, 0) : nothing;
-  const Tensor extra = want_extra ? result_like(sample_given, {}, 0) : nothing;
+  const auto if_wanted = [&](bool wanted) {
+    return wanted ? result_like(sample_given, {}, 0) : empty({0}, sample.scalar_type(), sample);
+  };
+  const Tensor prediction = if_wanted(want_prediction), extra = if_wanted(want_extra);
   task.prev = samples_of(prev);
   if (want_prediction) task.prediction = samples_of(prediction);
   if (want_extra) task.extra = samples_of(extra);

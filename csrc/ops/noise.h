@@ -10,7 +10,7 @@ namespace vqkernels {
 namespace {
 
 // Blocks a thread takes at least.
-constexpr int64_t kBlocksWorthThread = 32;
+constexpr int64_t kBlocksWorthThread = 16;
 // Results of so many bytes go past the caches.
 constexpr int64_t kStreamedBytes = int64_t(1) << 25;
 

@@ -153,6 +153,10 @@ template <typename T>
 inline __attribute__((always_inline)) T __ldg(const T* address) {
   return *address;
 }
+template <typename T>
+inline __attribute__((always_inline)) void __stwb(T* address, T value) {
+  *address = value;
+}
 
 // Numbers ---------------------------------------------------------------------------------------
 

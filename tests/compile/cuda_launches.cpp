@@ -4,7 +4,8 @@
 //   cuda_launches OP CAPABILITY MULTIPROCESSORS SHARED_BLOCK SHARED_TOTAL X_DTYPE BOOK_DTYPE
 //                 ROWS CODES DIM
 //
-// Of the modulation ops BOOK_DTYPE is the branch's.
+// Of the modulation ops BOOK_DTYPE is the branch's; of the noise ops the model's, and ROWS samples
+// have DIM elements each.
 //
 // A line a launch: the kernel's mangled name, its threads a block, its bytes of dynamic shared
 // memory.
@@ -18,6 +19,7 @@
 #include "attention.h"
 #include "modulation.h"
 #include "nearest_code.h"
+#include "noise.h"
 #include "peak.h"
 #include "quantize.h"
 
@@ -158,6 +160,35 @@ bool run_modulation(const std::string& op, DType stream, DType branch, int64_t t
   return true;
 }
 
+// Runs `op` if it is a noise op.
+bool run_noise(const std::string& op, DType dtype, DType of_outputs, const NoiseGrid& grid,
+               const Context& context) {
+  const Samples samples{nowhere<void>(), dtype, grid.elements};
+  const Samples outputs{nowhere<void>(), of_outputs, grid.elements};
+  if (op == "normal_noise") {
+    NormalNoise problem;
+    problem.grid = grid;
+    problem.out = samples;
+    normal_noise(problem, context);
+  } else if (op == "diffuse") {
+    Diffuse problem;
+    problem.grid = grid;
+    problem.x0 = problem.x_t = problem.wanted = samples;
+    diffuse(problem, context);
+  } else if (op.rfind("denoise_step", 0) == 0) {
+    DenoiseStep problem;
+    problem.grid = grid;
+    problem.sample = problem.prev_sample = samples;
+    problem.model_output = outputs;
+    if (op == "denoise_step_guided") problem.uncond_output = outputs;
+    if (op == "denoise_step_dynamic") problem.threshold = Threshold::dynamic;
+    denoise_step(problem, context);
+  } else {
+    return false;
+  }
+  return true;
+}
+
 int run(char** arguments) {
   const std::string op = arguments[1];
   const auto number = [&](int i) { return std::atoll(arguments[i]); };
@@ -169,6 +200,7 @@ int run(char** arguments) {
   context.device = {int(number(2)), int(number(3)), int(number(4)), int(number(5))};
   context.allocate = [](int64_t) { return static_cast<void*>(nowhere<char>() + kAddress); };
   if (run_modulation(op, dtype(6), dtype(7), number(8), number(10), context)) return 0;
+  if (run_noise(op, dtype(6), dtype(7), {number(8), number(10)}, context)) return 0;
   const Rows x = rows_of(dtype(6), number(8), number(10));
   const Rows codebook = rows_of(dtype(7), number(9), number(10));
   Labels labels;

@@ -32,8 +32,13 @@ MODULATIONS = tuple(
     for of in ("", "_backward")
 )
 # Columns of common models, and before them what takes one and two pieces a thread.
-_WIDTHS = (128, 256, 384, 768, 1024, 1152, 1536, 3072)
+_WIDTHS = (128, 256, 384, 512, 768, 1024, 1152, 1536, 2560, 3072)
 ATTENTION = ("attention", "attention_masked")  # one op, calls without and with a mask
+# denoise_step is one op, with a kernel each for calls without guidance, with it, and with dynamic
+# thresholds.
+NOISE = (
+    "normal_noise", "diffuse", "denoise_step", "denoise_step_guided", "denoise_step_dynamic",
+)  # fmt: skip
 ROWS, CODES = 1 << 17, 1 << 14
 _WITH_PRODUCTS = ("search_tiles", "search_warpgroups", "products", "attend")
 _SHORT = {"__half": "fp16", "__nv_bfloat16": "bf16", "float": "fp32"}
@@ -84,6 +89,9 @@ def calls() -> Iterator[Call]:
             for dim in _WIDTHS:
                 yield Call(op, x, branch, dim)
         yield Call(op, "fp32", "fp32", 7)
+    for op in NOISE:
+        for x, outputs in _DTYPES:
+            yield Call(op, x, outputs, 4096)
     for op in ATTENTION:
         for x, book in _DTYPES[1:3]:
             for dim in CUDA_ATTENTION_DIMS:
@@ -251,6 +259,31 @@ def test_modulated_rows_move_in_pieces_of_16_bytes(
     assert seen >= len(TARGETS) * 2 * 3 * 3
 
 
+@pytest.mark.parametrize(
+    ("kernel", "loads", "stores"),
+    [
+        ("noise_pieces", 0, 1),
+        ("diffuse_pieces", 2, 2),  # of the sample, and of noise of its dtype
+        # Sample, outputs, histories, noise and variance; the next sample, prediction and extra.
+        ("denoise_pieces", 8, 3),
+        ("denoise_guided", 9, 3),
+        ("denoise_samples", 9, 3),
+    ],
+)
+def test_noise_moves_in_pieces_of_16_bytes(
+    kernels: dict[tuple[str, str], Code], kernel: str, loads: int, stores: int
+) -> None:
+    seen = 0
+    for (target, name), code in kernels.items():
+        found, variant = _plain(demangled([name])[0])
+        if found == kernel:
+            assert code.wide["LDG"] >= loads, f"{target} {kernel} {variant}"
+            assert code.wide["STG"] >= stores, f"{target} {kernel} {variant}"
+            assert code.spills == 0, f"{target} {kernel} {variant}"
+            seen += 1
+    assert seen == 3 * len(TARGETS)
+
+
 def _plain(name: str) -> tuple[str, str]:
     """A kernel's name and its template's arguments: "search_tiles", "fp16 false 2"."""
     name = name.replace("(anonymous namespace)::", "").replace("vqkernels::cuda::", "")
@@ -271,7 +304,7 @@ def test_it_loads_in_a_torch_with_cuda(built: Built, tmp_path: Path) -> None:
     (tmp_path / "vqkernels/lib").mkdir()
     shutil.copy(built.object, tmp_path / "vqkernels/lib")
     done = subprocess.run(
-        [python, "-c", CHECK_LOADED.format(ops=(*OPS, *MODULATIONS, "attention"))],
+        [python, "-c", CHECK_LOADED.format(ops=(*OPS, *MODULATIONS, "attention", *NOISE[:3]))],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,

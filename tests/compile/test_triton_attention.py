@@ -1,5 +1,5 @@
-"""Attention's kernels for sequences of varying length, without and with dropout, compiled for GPUs
-that are not here."""
+"""Attention's kernels compiled for GPUs that are not here: for sequences of varying length, without
+and with dropout, and with masks."""
 
 from __future__ import annotations
 
@@ -12,22 +12,35 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
 
-from targets import CAPABILITIES, Compiled, compiled, recorded
+from resource_table import MULTIPROCESSORS
+from targets import CAPABILITIES, Compiled, Launch, compiled, recorded
 
 from vqkernels.selection import family
-from vqkernels.triton import attention_varlen, attention_varlen_backward
+from vqkernels.triton import (
+    attention,
+    attention_backward,
+    attention_varlen,
+    attention_varlen_backward,
+)
 
 # The words of dropout do not fit beside two sums within 255 registers.
 SPILLS = ((120, "_attention_grad_keys"),)
 KERNELS = ("_attention_forward", "_attention_grad_queries", "_attention_grad_keys")
 
 
+HALF, SPLIT = torch.bfloat16, torch.float32
+# The last width of a row of the table needs the most. Of masks a tile of added numbers does.
+MASKED = [(capability, dim, "added", HALF) for capability in CAPABILITIES for dim in (80, 128, 256)]
+MASKED += [(90, 96, "added", HALF), (120, 256, "added", SPLIT)]
+MASKED += [(90, dim, mask, HALF) for dim in (80, 128) for mask in ("none", "bool")]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def compile_for(capability: int, is_causal: bool, dropout: bool) -> dict[str, Compiled]:
     """The kernels over views of a packed qkv, 64 columns in bf16."""
-
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     q, k, v = empty(5000, 3, 16, 64).unbind(1)
     out, lse = empty(5000, 16, 64), empty(16, 5000, dtype=torch.float32)
     starts = empty(33, dtype=torch.int32)
@@ -37,6 +50,10 @@ def compile_for(capability: int, is_causal: bool, dropout: bool) -> dict[str, Co
     launches = recorded(lambda: attention_varlen(q, k, v, *more), capability)
     backward = lambda: attention_varlen_backward(out, q, k, v, out, lse, *more)  # noqa: E731
     launches += recorded(backward, capability)
+    return all_compiled(launches, capability)
+
+
+def all_compiled(launches: list[Launch], capability: int) -> dict[str, Compiled]:
     return {
         launch.kernel.__name__: compiled(launch, capability)
         for launch in launches
@@ -56,3 +73,20 @@ def test_compiles_without_spills(capability: int, is_causal: bool, dropout: bool
         if dropout and (capability, kernel) in SPILLS:
             continue
         assert not any(loop["LDL"] + loop["STL"] for loop in result.code.innermost_loops), kernel
+
+
+@pytest.mark.parametrize(("capability", "dim", "mask", "dtype"), MASKED)
+def test_shared_memory_holds_masks(
+    capability: int, dim: int, mask: str, dtype: torch.dtype
+) -> None:
+    """As the wrappers launch them: what needs more raises as it starts."""
+    q, k = (empty(2, 2, rows, dim, dtype=dtype) for rows in (150, 190))
+    lse = empty(2, 2, 150, dtype=torch.float32)
+    of_mask = torch.bool if mask == "bool" else dtype
+    given = None if mask == "none" else empty(150, 190, dtype=of_mask).expand(2, 2, -1, -1)
+    launches = recorded(lambda: attention(q, k, k, given, False, 0.125), capability)
+    backward = lambda: attention_backward(q, q, k, k, q, lse, given, False, 0.125)  # noqa: E731
+    results = all_compiled(launches + recorded(backward, capability), capability)
+    assert set(results) == set(KERNELS)
+    for kernel, result in results.items():
+        assert result.shared <= MULTIPROCESSORS[capability].shared_block, kernel

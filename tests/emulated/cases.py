@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import attention_cases
 import modulation_cases
+import noise_cases
 import torch
 from _helpers import data, exact, formulas
 from cuda_calls import HOPPER, SMALL, Case, CudaCalls, Device
@@ -206,4 +207,5 @@ def cases() -> list[Case]:
         Case("book-gradient", _collapsed_book),
         *(Case(f"attention-{name}", run) for name, run in attention_cases.RUNS.items()),
         *modulation_cases.cases(),
+        *noise_cases.cases(),
     ]

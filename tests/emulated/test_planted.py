@@ -187,7 +187,7 @@ FAULTS = (
     Fault(
         "piece behind the last",
         "modulation_rows.h",
-        "if (column < width) f(i, column);",
+        "if (i < kWhole || column < width) f(i, column);",
         "f(i, column);",
         "out of bounds",
     ),
@@ -199,7 +199,7 @@ FAULTS = (
         "misaligned",
     ),
     Fault("turns of row sums", "modulation_rows.h", "turn_ ^= 1;", "", "race"),
-    Fault("last warp of a row", "modulation_rows.h", "warp < warps; ++warp", "warp < 2; ++warp"),
+    Fault("last warp of a row", "modulation_rows.h", "lane < warps_ ?", "lane < 2 ?"),
     Fault("what is left of the mean", "ada_layer_norm.cu", "-left * inverse", "left * inverse"),
     Fault(
         "sum before it is rounded",
@@ -207,12 +207,19 @@ FAULTS = (
         "values[i][e] = element(rounded<T>(sum));",
         "values[i][e] = sum;",
     ),
+    Fault("row ahead", "ada_layer_norm.cu", "fetch(token + blockDim.y)", "fetch(token)"),
+    Fault(
+        "row ahead of a gradient",
+        "ada_layer_norm_backward.cu",
+        "fetch(token + blockDim.y)",
+        "fetch(token)",
+    ),
     Fault("bias under the scale", "ada_layer_norm.cu", "fmaf(bias[e], ones[e]", "fmaf(bias[e], 1"),
     Fault(
         "gradient that passes by",
         "ada_layer_norm_backward.cu",
-        "grads[i][e] += element(passed[i].values[e]);",
-        "grads[i][e] = element(passed[i].values[e]);",
+        "fmaf(centered, inverse, others[e])",
+        "centered * inverse",
     ),
     Fault(
         "sums of the last group",
@@ -229,8 +236,8 @@ FAULTS = (
     Fault(
         "share behind the last chunk",
         "modulation_sums.h",
-        "min(begin + each, total.chunks)",
-        "begin + each",
+        "first + min((share + 1) * each, total.chunks)",
+        "first + (share + 1) * each",
     ),
     Fault(
         "bias of a scale's gradient",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from vqkernels.reference import attention as reference
 from vqkernels.triton import attention, attention_backward
+from vqkernels.triton.attention import is_of_keys
 from vqkernels.triton.attention_configs import (
     CONFIGS,
     Parts,
@@ -400,3 +401,13 @@ def test_every_row_can_be_selected():
     assert selected == set(CONFIGS)
     with pytest.raises(ValueError, match="at most 256 columns, got 272"):
         select_attention("forward", 90, "half", 272)
+
+
+def test_a_mask_of_queries_and_keys_needs_room():
+    plain = select_attention("forward", 90, "half", 128)
+    assert not plain.masks
+    assert select_attention("forward", 90, "half", 128, masked=True).masks
+    wide = torch.ones(1, 1, 5, 7, dtype=torch.bool)
+    assert not is_of_keys(wide)
+    assert is_of_keys(wide[:, :, :1])
+    assert is_of_keys(wide[:, :, :1].expand(2, 2, 5, 7))

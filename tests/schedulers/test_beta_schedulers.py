@@ -95,6 +95,20 @@ def test_timesteps_of_any_shape() -> None:
     assert torch.equal(one, scheduler.add_noise(x0, noise, torch.full((2, 1, 1), 7)))
 
 
+def test_gradients() -> None:
+    """Through noising; through steps in diffusers' arithmetic, as guidance by a loss needs them."""
+    scheduler, x = DDIMScheduler(), start().requires_grad_()
+    noised = scheduler.add_noise(x, torch.zeros_like(x), torch.tensor([10, 900]))
+    (grad,) = torch.autograd.grad(noised.sum(), x)
+    alpha = scheduler.alphas_cumprod[[10, 900]].sqrt()
+    assert torch.allclose(grad, alpha[:, None, None, None].expand_as(x))
+    for numerics, has_one in (("exact", False), ("diffusers", True)):
+        scheduler = DDIMScheduler(clip_sample=False, numerics=numerics)
+        scheduler.set_timesteps(4)
+        data = scheduler.step(torch.zeros_like(x), 500, x).pred_original_sample
+        assert data.requires_grad == has_one
+
+
 def test_noising_refuses_what_does_not_fit() -> None:
     scheduler = DDIMScheduler()
     x0 = start((2, 5, 4))

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from _loops import assert_is_diffusers, in_float64, ours, run, theirs
-from _peers import STEPS, distance, start, toy_model
+from _peers import BOUND, STEPS, distance, start, toy_model
+
+from vqkernels import schedulers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,6 +91,17 @@ def test_clipping(config: dict[str, Any], steps: int) -> None:
 )
 def test_schedules_that_a_caller_gives(schedule: dict[str, Any]) -> None:
     assert_is_diffusers(NAME, {}, schedule)
+
+
+def test_thresholds_of_another_class_are_not_its_own() -> None:
+    """They stay in the config for the class that has them."""
+    other = schedulers.DDIMScheduler(thresholding=True, clip_sample=False)
+    scheduler = schedulers.HeunDiscreteScheduler.from_config(other)
+    scheduler.set_timesteps(3)
+    assert scheduler.config.thresholding
+    peer = theirs(NAME, {}, num_inference_steps=3)
+    x = start() * float(peer.init_noise_sigma)
+    assert distance(run(scheduler, x), run(peer, x)) < BOUND
 
 
 def test_before_set_timesteps_the_schedule_is_that_of_training() -> None:

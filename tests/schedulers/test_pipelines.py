@@ -72,9 +72,21 @@ def test_ddpm_pipeline(unet: Any) -> None:
     assert_same_pictures(pipe, "DDPMScheduler", batch_size=2)
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "EDMEulerScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "LCMScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
 def test_dit_pipeline(transformer_and_vae: tuple[Any, Any], name: str) -> None:
-    scheduler = getattr(diffusers, name)(clip_sample=False)
+    arguments = {"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {}
+    scheduler = getattr(diffusers, name)(**arguments)
     pipe = diffusers.DiTPipeline(*transformer_and_vae, scheduler)
     assert_same_pictures(pipe, name, class_labels=[207, 360])
 
@@ -85,6 +97,16 @@ def test_dit_pipeline_on_levels(
     transformer_and_vae: tuple[Any, Any], name: str, spacing: str
 ) -> None:
     scheduler = getattr(diffusers, name)(timestep_spacing=spacing)
+    pipe = diffusers.DiTPipeline(*transformer_and_vae, scheduler)
+    assert_same_pictures(pipe, name, class_labels=[207, 360])
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_dit_pipeline_multistep(
+    transformer_and_vae: tuple[Any, Any], name: str, order: int
+) -> None:
+    scheduler = getattr(diffusers, name)(solver_order=order)
     pipe = diffusers.DiTPipeline(*transformer_and_vae, scheduler)
     assert_same_pictures(pipe, name, class_labels=[207, 360])
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from _helpers.precision import assert_as_good_as_eager
 from _loops import ours, theirs
-from _peers import BOUND, NoReads, distance, generator, loop, start, toy_model
+from _peers import BOUND, NoReads, distance, float64_for_float32, generator, loop, start, toy_model
 from torch import Tensor
 
 import vqkernels
@@ -176,28 +177,61 @@ def test_keyed_noise_under_diffusers_numerics(name: str) -> None:
 
 
 @every_class
-def test_bf16_samples_and_outputs(name: str) -> None:
-    """A bf16 sample stays one; an fp32 sample takes a bf16 output and stays fp32."""
-    scheduler = ours(name, {}, num_inference_steps=12)
-    x = start() * float(scheduler.init_noise_sigma)
-    options = {} if name == "HeunDiscreteScheduler" else {"seed": 3}
-    expected = loop(scheduler, x, **options)
+def test_low_precision_is_rounded_once(name: str) -> None:
+    """A step in half precision is the float32 step, rounded; a float32 state takes half-precision
+    outputs."""
+    config = {"stochastic_sampling": True} if name == FLOWS[0] else {}
+    keyed = {} if name == "HeunDiscreteScheduler" else {"seed": 3}
 
-    def bf16_model(sample: Tensor, t: Tensor) -> Tensor:
-        return toy_model(sample.float(), t).bfloat16()
+    def step(output: Tensor, x: Tensor) -> Any:
+        scheduler = ours(name, config, num_inference_steps=5)
+        return scheduler.step(output, scheduler.timesteps[0], x, **keyed)
 
-    scheduler.set_timesteps(12)
-    state = loop(scheduler, x, bf16_model, **options)
-    assert state.dtype == torch.float32
-    assert distance(state, expected) < 0.05
-    scheduler.set_timesteps(12)
-    low = loop(scheduler, x.bfloat16(), bf16_model, **options)
-    assert low.dtype == torch.bfloat16
-    assert distance(low, expected) < 0.3
-    scheduler.set_timesteps(12)
-    t = scheduler.timesteps[0]
-    result = scheduler.step(x.bfloat16(), t, x.bfloat16())
-    assert all(value.dtype == torch.bfloat16 for value in result.to_tuple())
+    for dtype in (torch.bfloat16, torch.float16):
+        x = start().to(dtype)
+        output = toy_model(x, 600)
+        wide = step(output.float(), x.float())
+        for mine, true in zip(step(output, x).to_tuple(), wide.to_tuple(), strict=True):
+            assert mine.dtype == dtype
+            assert torch.equal(mine, true.to(dtype))
+        assert torch.equal(step(output, x.float())[0], wide[0])
+
+
+@every_class
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_loops(name: str, dtype: torch.dtype) -> None:
+    """diffusers' very bits under its numerics, whatever the dtypes of state and output."""
+    config, options = noisy(name)
+
+    def run(make: Any, x: Tensor, model: Any = toy_model, **more: Any) -> Tensor:
+        scheduler = make(name, config, num_inference_steps=6, **more)
+        if name != "HeunDiscreteScheduler":
+            options["generator"] = generator()
+        return loop(
+            scheduler, x * float(getattr(scheduler, "init_noise_sigma", 1)), model, **options
+        )
+
+    def half(x: Tensor, t: Tensor) -> Tensor:
+        return toy_model(x.to(dtype), t)
+
+    x = start().to(dtype)
+    for state, model in ((x, half), (x.float(), half), (x, toy_model)):
+        expected = run(theirs, state, model)
+        found = run(ours, state, model, numerics="diffusers")
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+
+
+# Not the ancestral one: it draws half-precision normals, which are other numbers.
+@pytest.mark.parametrize("name", [name for name in EXPLODING + FLOWS if "Ancestral" not in name])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_loops_are_as_near_to_float64(name: str, dtype: torch.dtype) -> None:
+    x = start().to(dtype)
+    peer = loop(theirs(name, {}, num_inference_steps=6), x)
+    with float64_for_float32():
+        exact = loop(theirs(name, {}, num_inference_steps=6), x.double())
+    mine = ours(name, {}, compat=("double_shift",), num_inference_steps=6)
+    assert_as_good_as_eager(loop(mine, x), peer, exact)
 
 
 @every_class
@@ -313,6 +347,40 @@ def test_churn_that_cannot_be(name: str) -> None:
     for churn in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="s_churn must be at least 0"):
             scheduler.step(x, scheduler.timesteps[0], x, s_churn=churn)
+
+
+@pytest.mark.parametrize("name", [EXPLODING[0], "HeunDiscreteScheduler", FLOWS[0]])
+def test_steps_compile(name: str) -> None:
+    """A whole step, model input and model included, into one graph."""
+    scheduler, x = ours(name, {}, num_inference_steps=2), start()
+    expected = loop(scheduler, x, lambda x, t: x.tanh())
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        return scheduler.step(scheduler.scale_model_input(x, t).tanh(), t, x).prev_sample
+
+    scheduler.set_timesteps(2)
+    scheduler.set_begin_index(0)
+    for t in scheduler.timesteps:
+        x = step(x, t)
+    assert distance(x, expected) < BOUND
+
+
+@pytest.mark.parametrize("name", CHURNED)
+def test_sampling_forgets_the_churn_of_earlier_steps(name: str) -> None:
+    scheduler, x = ours(name, {}, num_inference_steps=5), start()
+
+    def drawn() -> Tensor:
+        return schedulers.sample(toy_model_of_batches, scheduler, x.shape, seed=3)
+
+    expected = drawn()
+    scheduler.set_timesteps(5)
+    scheduler.step(x, scheduler.timesteps[0], x, s_churn=4.0, seed=1)
+    assert torch.equal(drawn(), expected)
+
+
+def toy_model_of_batches(x: Tensor, t: Tensor) -> Tensor:
+    return toy_model(x, t[0])
 
 
 @every_class

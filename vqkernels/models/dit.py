@@ -57,6 +57,7 @@ class DiT(nn.Module):
         self.num_heads = num_heads
         self.num_classes = num_classes
 
+        self.input_size = input_size
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)

@@ -3,7 +3,7 @@ place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,8 @@ def at_levels(name: str, value: Tensor, x_name: str, x: Tensor) -> Tensor:
     `[B]` stays, `[B, 1, T]` becomes `[B, C, T]` for x `[B, C, T, H, W]`, a scalar `[B]`.
     """
     check_same_device(name, value, x_name, x)
+    if value.dim() == 1 and value.shape[0] == x.shape[0]:
+        return value.contiguous()
     shape = list(value.shape)
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
@@ -111,19 +113,17 @@ def at_levels(name: str, value: Tensor, x_name: str, x: Tensor) -> Tensor:
     return value.reshape(shape).expand(x.shape[: len(shape)]).contiguous()
 
 
-def same_levels(x: Tensor, *values: Tensor | None) -> list[Tensor | None]:
+def same_levels(x: Tensor, *values: Tensor | None) -> Sequence[Tensor | None]:
     """Levels as `at_levels` gives them, all of the shape of the finest."""
     dims = max(value.dim() for value in values if value is not None)
-    return [
-        None
-        if value is None
-        else value
-        if value.dim() == dims
-        else value.reshape(value.shape + (1,) * (dims - value.dim()))
-        .expand(x.shape[:dims])
-        .contiguous()
-        for value in values
-    ]
+    if all(value is None or value.dim() == dims for value in values):
+        return values
+    return [None if value is None else _finer(value, x, dims) for value in values]
+
+
+def _finer(value: Tensor, x: Tensor, dims: int) -> Tensor:
+    ones = (1,) * (dims - value.dim())
+    return value.reshape(value.shape + ones).expand(x.shape[:dims]).contiguous()
 
 
 def check_out(name: str, out: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -135,13 +135,3 @@ def check_out(name: str, out: Tensor, shape: Sequence[int], dtype: torch.dtype) 
         )
     if torch.is_grad_enabled() and out.requires_grad:
         raise ValueError(f"{name} must not require a gradient: what is written has none")
-
-
-def write_into(kernel: Callable[..., Any], arguments: tuple[Any, ...], out: list[Tensor]) -> Any:
-    """Run a kernel that writes `out`, and let autograd see that it was written: a graph that saved
-    one of these tensors raises in its backward pass."""
-    with torch.no_grad():
-        results = kernel(*arguments, out)
-    for tensor in out:
-        torch.autograd.graph.increment_version(tensor)
-    return results

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vqkernels.backends import select
 from vqkernels.ops._checks import check_choice, check_same_device, check_tensor
+from vqkernels.ops._direct import traced, write
 from vqkernels.ops._library import define_writing, fake, not_differentiable
 from vqkernels.ops._noise import (
     at_levels,
@@ -32,7 +33,6 @@ from vqkernels.ops._noise import (
     check_out,
     check_samples,
     noise_key,
-    write_into,
 )
 from vqkernels.reference import denoise_step as reference
 
@@ -127,7 +127,6 @@ def denoise_coefficients(**columns: float | Sequence[float] | Tensor) -> Tensor:
     return table.float()
 
 
-@torch.no_grad()
 def denoise_step(
     sample: Tensor,
     model_output: Tensor,
@@ -221,11 +220,14 @@ def denoise_step(
         want_prediction,
         want_extra,
     )
-    if out is None:
-        results = _denoise_step(*arguments, backend)
-    else:
+    if out is not None:
         check_out("out", out, sample.shape, sample.dtype)
-        results = write_into(_kernels(backend), arguments, [out])
+        results = write(_kernels, arguments, backend, [out])
+    elif traced():
+        with torch.no_grad():
+            results = _denoise_step(*arguments, backend)
+    else:
+        results = write(_kernels, arguments, backend, ())
     prev, prediction, extra = results
     return DenoiseStepOutput(
         prev if out is None else out,

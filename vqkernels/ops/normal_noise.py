@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from vqkernels.backends import select
+from vqkernels.ops._direct import traced, write
 from vqkernels.ops._library import define_writing, fake, not_differentiable
-from vqkernels.ops._noise import check_out, check_sample_ids, noise_key, write_into
+from vqkernels.ops._noise import check_out, check_sample_ids, noise_key
 from vqkernels.reference import normal_noise as reference
 
 _normal_noise, _kernels = define_writing(
@@ -82,11 +83,14 @@ def normal_noise(
     check_sample_ids(sample_ids, shape[0], where)
     key = noise_key(seed, step, stream, where)
     backend = select("normal_noise", key, key.new_empty(0, dtype=dtype))
+    arguments = (shape, key, sample_ids, dtype)
     if out is not None:
         check_out("out", out, shape, dtype)
-        write_into(_kernels(backend), (shape, key, sample_ids, dtype), [out])
+        write(_kernels, arguments, backend, [out])
         return out
-    noise: Tensor = _normal_noise(shape, key, sample_ids, dtype, backend)
+    noise: Tensor = (
+        _normal_noise(*arguments, backend) if traced() else write(_kernels, arguments, backend, ())
+    )
     return noise
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,12 +54,11 @@ def denoise_step(
         if variance is not None:
             z = z * _deviation(variance.to(wide), log_min, log_max, variance_type)
         before = before + _term(columns[12], z)
-    nothing = sample.new_empty(0)
     extra = _sum(columns[15:], operands)
     return (
         before.to(sample.dtype),
-        prediction.to(sample.dtype) if want_prediction else nothing,
-        extra.to(sample.dtype) if want_extra else nothing,
+        prediction.to(sample.dtype) if want_prediction else sample.new_empty(0),
+        extra.to(sample.dtype) if want_extra else sample.new_empty(0),
     )
 
 
@@ -68,7 +69,7 @@ def _term(coefficient: Tensor, x: Tensor) -> Tensor:
 
 def _sum(coefficients: Tensor, operands: list[Tensor]) -> Tensor:
     terms = [_term(c, x) for c, x in zip(coefficients, operands, strict=False)]
-    return torch.stack(terms).sum(0)
+    return functools.reduce(torch.add, terms)  # in order: a sample does not depend on its batch
 
 
 def _guided(output: Tensor, uncond: Tensor, guidance: Tensor, rescale: Tensor) -> Tensor:
@@ -89,8 +90,9 @@ def _dynamic(prediction: Tensor, clip: Tensor, ratio: float) -> Tensor:
     ranked = sizes.sort(dim=1).values  # torch.quantile stops at 2^24 elements
     last = sizes.shape[1] - 1
     at = ratio * last
-    below, above = min(int(at), last), min(int(at) + 1, last)
-    quantile = torch.lerp(ranked[:, below], ranked[:, above], at - below)
+    below, above = int(at), math.ceil(at)
+    low, high = ranked[:, below], ranked[:, above]
+    quantile = torch.where(high == low, low, low + (high - low) * (at - below))
     quantile = torch.where(ranked[:, -1].isnan(), ranked[:, -1], quantile)
     s = by_element(quantile, prediction)  # [B, 1, ...]
     s = torch.minimum(s.clamp(min=1), clip)

@@ -7,7 +7,7 @@ again, with the mean of both slopes. `history` of a second call is (first sample
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ class HeunPairs(SigmaScheduler):
     """What a first call leaves to the second, and the rows of both."""
 
     order = 2
+    _remembered: ClassVar[tuple[str, ...]] = ("_first",)
     _first: tuple[Tensor, Tensor] | None = None  # sample and slope of a first call
 
     @property

@@ -21,7 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vqkernels.ops.denoise_step import DenoiseStepOutput, denoise_coefficients, denoise_step
+from vqkernels.ops.denoise_step import (
+    COLUMNS,
+    DenoiseStepOutput,
+    denoise_coefficients,
+    denoise_step,
+)
 from vqkernels.ops.normal_noise import normal_noise
 from vqkernels.schedulers._config import Configured
 from vqkernels.schedulers._noise import STEP_STREAM, Generators, check_source, draw
@@ -60,7 +65,9 @@ class Scheduler(Configured):
 
     _threshold = "none"  # `denoise_step`'s threshold and ratio
     _ratio = 0.995
+    _draws = False  # whether the table has noise in a row
     _table: Tensor | None = None  # [T, 22] of `denoise_step`, float32
+    _remembered: ClassVar[tuple[str, ...]] = ()  # attributes that a step leaves to the next one
     _defaults: ClassVar[dict[str, Any]] = {}  # arguments of `step` that the table depends on
     _options: dict[str, Any] | None = None  # their values in the present table
     _guidance: tuple[float | Tensor, float | Tensor] = (1.0, 0.0)  # in the table's columns 0 and 1
@@ -69,6 +76,7 @@ class Scheduler(Configured):
     _rows_of: dict[float, list[int]]  # where in `timesteps` a value is
     _step_index: int | None = None
     _begin_index: int | None = None
+    _fresh: dict[str, Any]  # `memory()` before a first step
 
     # The schedule.
 
@@ -81,6 +89,7 @@ class Scheduler(Configured):
         self._rows = torch.arange(len(timesteps), device=device)
         self._step_index = self._begin_index = None
         self._table = self._options = None
+        self._fresh = self.memory()
         if self.numerics == "exact":
             self._tabulate()
 
@@ -93,6 +102,7 @@ class Scheduler(Configured):
         options = {**(self._options or self._defaults), **options}
         if self._table is None or options != self._options:
             table = denoise_coefficients(**self._columns(**options))
+            self._draws = bool(table[:, COLUMNS.index("prev_noise")].any())
             self._table = table.to(self._rows.device)
             self._options, self._guidance = options, (1.0, 0.0)
         return self._table
@@ -195,6 +205,54 @@ class Scheduler(Configured):
     def _ends(self) -> str:
         return f"{self._values[0]:g} to {self._values[-1]:g}"
 
+    # A loop that is driven by row numbers: `vqkernels.schedulers.sample`.
+
+    def begin_loop(self) -> None:
+        """Forget the steps of an earlier loop over the same timesteps."""
+        self._check_laid_out()
+        if self.numerics == "exact":
+            self._tabulate(**self._defaults)  # not what the last `step` asked for
+        self.set_begin_index(0)
+        self.resume_loop(0, self._fresh)
+
+    def next_sample(
+        self, sample: Tensor, model_output: Tensor, row: int, **operands: Any
+    ) -> Tensor:
+        """`step` by the number of the row, which gives the next sample alone.
+
+        Args:
+            sample, model_output: `[B, ...]`.
+            row: the model call's number, from 0; steps follow one another.
+            **operands: `seed` and `sample_ids` or `noise`; `uncond_output`, `guidance_scale` and
+                `guidance_rescale`.
+
+        Raises:
+            ValueError: a row outside of the schedule, numerics that are not "exact".
+        """
+        if self.numerics != "exact":
+            raise ValueError(f"next_sample needs numerics='exact', got {self.numerics!r}")
+        self._check_laid_out()
+        row = self._inside(row)
+        previous, _ = self._advance(sample, model_output, row, want_prediction=False, **operands)
+        self._step_index = row + 1
+        return previous
+
+    def memory(self) -> dict[str, Any]:
+        """What steps so far leave to the next one, by attribute; tensors are not copied."""
+        return {name: getattr(self, name) for name in self._remembered}
+
+    def resume_loop(self, row: int, memory: dict[str, Any]) -> None:
+        """Go on at a row with what `memory` gave there, at any time or in another process.
+
+        Raises:
+            ValueError: the memory of another kind of scheduler.
+        """
+        if set(memory) != set(self._remembered):
+            raise ValueError(f"memory must hold {sorted(self._remembered)}, got {sorted(memory)}")
+        for name, value in memory.items():
+            setattr(self, name, value)
+        self._step_index = row
+
     # A step.
 
     def _noise(
@@ -269,6 +327,8 @@ class Scheduler(Configured):
         self._move(sample.device)
         table = self._tabulate()
         row = self._rows[index] if isinstance(index, int) else index
+        if not self._draws:  # making a key takes a third of a short step
+            noise = seed = sample_ids = None
         guidance = (guidance_scale, guidance_rescale)
         a_sample = any(isinstance(value, Tensor) for value in guidance)
         if uncond_output is None:

@@ -42,10 +42,9 @@ def karras_sigmas(ramp: Ramp, sigma_min: float, sigma_max: float, rho: float = 7
 
 def exponential_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Levels:
     """From sigma_max to sigma_min, linear in log(sigma)."""
-    if not 0 < sigma_min <= sigma_max:
+    if not (sigma_min > 0 and sigma_max > 0):
         raise ValueError(
-            "use_exponential_sigmas needs positive levels, the last at most the first, "
-            f"got {sigma_min} to {sigma_max}"
+            f"use_exponential_sigmas needs positive levels, got {sigma_min} to {sigma_max}"
         )
     levels: Levels = np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), steps))
     return levels

@@ -69,6 +69,11 @@ class HeunDiscreteScheduler(HeunPairs, ExplodingScheduler):
         self._set_threshold()
         self.timesteps = self._scheduled(num_train_timesteps, num_train_timesteps)
 
+    def _set_threshold(self) -> None:
+        """Clipping alone: a config may carry the thresholding of another class."""
+        self._bounds_predictions = True
+        self._threshold = "clip" if self.config.clip_sample else "none"
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,

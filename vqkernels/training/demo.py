@@ -36,7 +36,7 @@ class DemoSettings:
         seed: of initial weights, batches, noise and samples.
         vqvae, dit: how long to train each model.
         samples: how many images to sample.
-        sampler_steps, guidance: see `euler_sample`.
+        sampler_steps, guidance: see `sample_flow`.
         timing_rounds: repetitions behind each median of the step-time table.
     """
 

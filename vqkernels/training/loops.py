@@ -15,10 +15,11 @@ from vqkernels._optional import progress_bar
 from vqkernels.models.dit import DiT
 from vqkernels.models.vqvae import VQVAE
 from vqkernels.ops.diffuse import diffuse
-from vqkernels.schedulers.rectified_flow import TIME_SCALE
 from vqkernels.training.metrics import reconstruction_psnr
 
 History = list[dict[str, float]]
+
+TIME_SCALE = 1000.0  # models see t * TIME_SCALE, as `FlowMatchEulerDiscreteScheduler` has it
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from vqkernels._optional import require
 from vqkernels.models.dit import DiT
 from vqkernels.models.vqvae import VQVAE, VQVAEConfig
-from vqkernels.ops.normal_noise import normal_noise
-from vqkernels.schedulers.rectified_flow import euler_sample
+from vqkernels.schedulers.flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from vqkernels.schedulers.sampling import sample
 from vqkernels.training.metrics import decode
 
 VQVAE_FILE = "vqvae.safetensors"
@@ -42,6 +42,67 @@ class LatentScale:
         return standardized * _per_channel(self.std, standardized) + _per_channel(
             self.mean, standardized
         )
+
+
+def sample_flow(
+    model: DiT,
+    labels: Tensor,
+    *,
+    seed: int,
+    sample_ids: Tensor | None = None,
+    steps: int = 25,
+    guidance: float = 2.0,
+    progress: bool = False,
+) -> Tensor:
+    """Follow a rectified flow from noise to data in equal Euler steps, guided towards labels.
+
+    The model predicts the velocity z - x of the straight path from data x to noise z (Liu et al.
+    2022, arXiv:2209.03003).
+
+    Args:
+        model: predicts velocities, in eval mode.
+        labels: int64 classes `[B]`.
+        seed, sample_ids: see `vqkernels.schedulers.sample`.
+        steps: number of model evaluations.
+        guidance: 1 follows the conditional velocity; otherwise the model was trained with label
+            dropout.
+        progress: show a progress bar.
+
+    Returns:
+        `[B, C, S, S]` for the model's C channels and input size S.
+
+    Raises:
+        ValueError: `steps` below 1, labels outside of the model's, guidance without label dropout,
+            a model that predicts variances too.
+    """
+    classes = model.num_classes
+    if labels.dim() != 1:
+        raise ValueError(f"labels must be [B], got shape {list(labels.shape)}")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= classes:
+        raise ValueError(
+            f"labels must lie in [0, {classes}], got values from {int(labels.min())} to "
+            f"{int(labels.max())}"
+        )
+    if guidance != 1 and model.y_embedder.dropout_prob == 0:
+        raise ValueError(f"guidance must be 1 for a model without label dropout, got {guidance}")
+    if model.learn_sigma:
+        raise ValueError("model must predict velocities alone: build it with learn_sigma=False")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+    side = model.input_size
+    return sample(
+        model,
+        scheduler,
+        (len(labels), model.in_channels, side, side),
+        seed=seed,
+        sample_ids=sample_ids,
+        conditions={"y": labels},
+        unconditional={"y": torch.full_like(labels, classes)},
+        guidance_scale=guidance,
+        progress=progress,
+    )
 
 
 @dataclass
@@ -75,10 +136,8 @@ class Pipeline:
         Image i depends on (seed, i, labels[i]), not on the rest of the batch. The transformer's
         latents are snapped to their nearest codes before they are decoded.
         """
-        side = self.dit_arguments["input_size"]
-        noise = normal_noise((len(labels), self.dit.in_channels, side, side), seed=seed)
-        latents = euler_sample(
-            self.dit, noise, labels, steps=steps, guidance=guidance, progress=progress
+        latents = sample_flow(
+            self.dit, labels, seed=seed, steps=steps, guidance=guidance, progress=progress
         )
         with torch.no_grad():
             return decode(self.vqvae, self.vqvae.snap(self.scale.restore(latents)))

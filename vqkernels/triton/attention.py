@@ -97,7 +97,7 @@ def forward(
         return
     q, k, v = (rows_beside(t) for t in (q, k, v))
     unit = common_unit(q, k, v, out)
-    config = config or choose("forward", q, v)
+    config = config or choose("forward", q, v, attn_mask)
     batch, queries, keys = sizes_of(q, k, sequences)
     heads = q.shape[1]
     launch(
@@ -147,10 +147,11 @@ def starts_of(
     return *starts, (q.shape[2], k.shape[2])
 
 
-def choose(kernel: str, q: Tensor, v: Tensor) -> AttentionConfig:
+def choose(kernel: str, q: Tensor, v: Tensor, attn_mask: Tensor | None) -> AttentionConfig:
     dim = max(parts_of(q.shape[-1]).padded, parts_of(v.shape[-1]).padded)
     products = "split" if q.dtype == torch.float32 else "half"
-    return select_attention(kernel, device_facts(q.device).capability, products, dim)
+    masked = attn_mask is not None and not is_of_keys(attn_mask)
+    return select_attention(kernel, device_facts(q.device).capability, products, dim, masked)
 
 
 def rows_beside(t: Tensor) -> Tensor:
@@ -186,6 +187,11 @@ def mask_arguments(attn_mask: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[i
     return pointer, tuple(stride if size > 1 else 0 for stride, size in strides)
 
 
+def is_of_keys(attn_mask: Tensor) -> bool:
+    """Whether all queries of a head share one row of the mask."""
+    return attn_mask.shape[2] < 2 or attn_mask.stride(2) == 0
+
+
 def dropout_arguments(
     q: Tensor, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, int, float]:
@@ -202,7 +208,7 @@ def modes(q: Tensor, v: Tensor, attn_mask: Tensor | None) -> dict[str, Any]:
     split = q.dtype == torch.float32 and q.device.type != "cpu"
     return {
         "MASK": mask,
-        "MASK_OF_KEYS": attn_mask is not None and mask_arguments(attn_mask, q)[1][2] == 0,
+        "MASK_OF_KEYS": attn_mask is not None and is_of_keys(attn_mask),
         "PRECISION": "bf16x6" if split else "ieee",
         "D": q.shape[-1],
         "D1": d.first,

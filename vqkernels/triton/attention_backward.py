@@ -110,7 +110,10 @@ def backward(
     dq, dk, dv = (rows_beside(t) for t in grads)
     batch, heads, rows, _ = q.shape
     sequence_count, queries, keys = sizes_of(q, k, sequences)
-    of_queries, of_keys = configs or (choose("queries", q, v), choose("keys", q, v))
+    of_queries, of_keys = configs or (
+        choose("queries", q, v, attn_mask),
+        choose("keys", q, v, attn_mask),
+    )
 
     exponents, delta = q.new_empty((2, *q.shape[:-1]), dtype=torch.float32)
     block_e = triton.next_power_of_2(v.shape[-1])

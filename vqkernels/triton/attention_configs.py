@@ -26,6 +26,7 @@ class AttentionConfig:
         num_warps, num_stages: Triton's.
         registers: the most a thread, 0 for as many as it takes.
         reason: why these numbers.
+        masks: whether its shared memory has room for a tile of a mask of queries and keys.
     """
 
     kernel: str
@@ -38,6 +39,7 @@ class AttentionConfig:
     num_stages: int
     registers: int
     reason: str
+    masks: bool = True
 
 
 class Parts(NamedTuple):
@@ -71,7 +73,8 @@ CONFIGS = (
                     "share a multiprocessor, one's exponentials beside the other's products; with "
                     "64 queries the keys would leave L2 twice as often, at 13 TB/s"),
     AttentionConfig("forward", ("hopper",), "half", 128, 128, 128, 8, 3, 0,
-                    "measured: 1.22 ms; 64 keys 1.45"),
+                    "measured: 1.22 ms; 64 keys 1.45; 224 of 227 KiB, which a tile of a mask "
+                    "would pass by 32", masks=False),
     AttentionConfig("forward", _WARPGROUP, "half", 128, 128, 64, 8, 3, 0,
                     "200 registers: one program, 96 KiB of k and v on their way"),
     AttentionConfig("forward", _WARPGROUP, "half", 256, 128, 64, 8, 2, 0,
@@ -84,8 +87,12 @@ CONFIGS = (
                     "as below; 32 keys spill"),
     AttentionConfig("forward", FAMILIES, "split", 80, 64, 32, 4, 2, 0,
                     "each operand stands in three terms; small tiles keep them in registers"),
+    AttentionConfig("forward", FAMILIES, "split", 128, 64, 16, 8, 2, 0,
+                    "as above, 74 KiB at 128 columns"),
+    AttentionConfig("forward", ("small",), "split", 256, 32, 16, 8, 2, 0,
+                    "85 of 99 KiB; three terms of 256 columns spill with any tile"),
     AttentionConfig("forward", FAMILIES, "split", 256, 64, 16, 8, 2, 0,
-                    "as above, within 99 KiB at 256 columns"),
+                    "138 of 163 KiB"),
 
     AttentionConfig("queries", ("hopper",), "half", 80, 64, 64, 4, 3, 0,
                     "measured: the best of 11 shapes at 64 columns, within 2% of it at 72"),
@@ -101,8 +108,12 @@ CONFIGS = (
                     "two warpgroups share 256 columns of sums"),
     AttentionConfig("queries", FAMILIES, "split", 80, 64, 16, 4, 2, 0,
                     "three terms of each operand; small tiles keep them in registers"),
+    AttentionConfig("queries", FAMILIES, "split", 128, 32, 16, 8, 1, 0,
+                    "as above, 56 KiB at 128 columns"),
+    AttentionConfig("queries", ("small",), "split", 256, 16, 16, 8, 1, 0,
+                    "64 of 99 KiB, and the fewest spills"),
     AttentionConfig("queries", FAMILIES, "split", 256, 32, 16, 8, 1, 0,
-                    "as above, within 99 KiB at 256 columns"),
+                    "112 of 163 KiB"),
 
     AttentionConfig("keys", ("hopper",), "half", 80, 64, 64, 4, 3, 0,
                     "measured: the best of 13 shapes at 72 columns, within 1% of it at 64"),
@@ -123,20 +134,28 @@ CONFIGS = (
                     "the sums stand in tensor memory"),
     AttentionConfig("keys", FAMILIES, "split", 80, 16, 64, 4, 2, 0,
                     "three terms of each operand; small tiles keep them in registers"),
+    AttentionConfig("keys", FAMILIES, "split", 128, 16, 32, 8, 1, 0,
+                    "as above, 64 KiB at 128 columns"),
+    AttentionConfig("keys", ("small",), "split", 256, 16, 16, 8, 1, 0,
+                    "80 of 99 KiB, and the fewest spills"),
     AttentionConfig("keys", FAMILIES, "split", 256, 16, 32, 8, 1, 0,
-                    "as above, within 99 KiB at 256 columns"),
+                    "128 of 163 KiB"),
 )
 # fmt: on
 
 
-def select_attention(kernel: str, capability: int, products: str, dim: int) -> AttentionConfig:
-    """The first row for this kernel, GPU, kind of products and padded columns."""
+def select_attention(
+    kernel: str, capability: int, products: str, dim: int, masked: bool = False
+) -> AttentionConfig:
+    """The first row for this kernel, GPU, kind of products and padded columns. `masked`: with a
+    mask of queries and keys."""
     for config in CONFIGS:
         if (
             config.kernel == kernel
             and family(capability) in config.families
             and config.products == products
             and dim <= config.dim
+            and (config.masks or not masked)
         ):
             return config
     raise ValueError(f"q, k and v must have at most 256 columns, got {dim}")

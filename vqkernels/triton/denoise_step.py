@@ -115,7 +115,7 @@ def denoise_step(
         float(at - below),
         THRESHOLD=threshold,
         VARIANCE=variance_type,
-        SEVERAL=levels.number > 1,
+        SEVERAL=levels.each > 1,
         ALIGNED=levels.size % 4 == 0,
         BLOCK=block,
         WIDE=has_halves(sample, model_output),

@@ -44,7 +44,7 @@ def diffuse(
         return x_t, of_target
     data, given = samples_of(x0), samples_of(noise)
     levels = levels_of(x0, alpha)
-    elements = levels.number * levels.size
+    elements = levels.each * levels.size
     block, num_warps = block_and_warps(config_of("diffuse"), elements)
     launch(
         _diffuse,
@@ -62,7 +62,7 @@ def diffuse(
         elements,
         tuple(levels),
         TARGET=target,
-        SEVERAL=levels.number > 1,
+        SEVERAL=levels.each > 1,
         BLOCK=block,
         WIDE=has_halves(x0, noise),
         num_warps=num_warps,

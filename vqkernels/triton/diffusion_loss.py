@@ -81,7 +81,7 @@ def diffusion_loss(
         TARGET=target,
         LOSS=loss,
         WHOLE=chunks == 1,
-        ALIGNED=levels.number == 1 or levels.size % 4 == 0,
+        ALIGNED=levels.each == 1 or levels.size % 4 == 0,
         LEVELS=config.block // width,
         WIDTH=width,
         WIDE=width >= 8 and has_halves(model_output, x0, noise),
@@ -125,7 +125,7 @@ def diffusion_loss_backward(
         return grad_output, grad_x0
     predicted, data, given = samples_of(model_output), samples_of(x0), samples_of(noise)
     levels = levels_of(x0, alpha)
-    elements = levels.number * levels.size
+    elements = levels.each * levels.size
     block, num_warps = block_and_warps(config_of("loss backward"), elements)
     launch(
         _loss_backward,
@@ -149,7 +149,7 @@ def diffusion_loss_backward(
         tuple(levels),
         TARGET=target,
         LOSS=loss,
-        SEVERAL=levels.number > 1,
+        SEVERAL=levels.each > 1,
         BLOCK=block,
         WIDE=has_halves(model_output, x0, noise),
         num_warps=num_warps,

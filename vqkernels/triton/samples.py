@@ -33,7 +33,7 @@ def samples_of(x: Tensor | None) -> Samples:
 class Levels(NamedTuple):
     """Levels a sample, and elements a level."""
 
-    number: int
+    each: int
     size: int
 
 

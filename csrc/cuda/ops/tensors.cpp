@@ -169,10 +169,10 @@ Tensor zeros(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
   return torch::stable::new_zeros(like, sizes, dtype);
 }
 
-Call::Call(const char* op, const Tensor& x)
+Call::Call(const char* op, const Tensor& x, bool numbers_rows)
     : op_(op), device_(x.get_device_index()), guard_(device_) {
   const int64_t width = x.dim() == 0 ? 1 : x.size(x.dim() - 1);
-  if (x.numel() / std::max<int64_t>(width, 1) >= kRowLimit) {
+  if (numbers_rows && x.numel() / std::max<int64_t>(width, 1) >= kRowLimit) {
     throw std::invalid_argument("x must have fewer than 2^31 rows, got shape " + shape_of(x));
   }
   context_.device = device_facts(device_);

@@ -69,10 +69,10 @@ T* data(const Tensor& tensor) {
 
 // One call of an op on rows x: while it lives, x's device is the current one and scratch memory
 // stays allocated. Its kernels go to the current stream, in whose order the allocator hands memory
-// out again. Throws if x has more rows than kernels can number.
+// out again. Throws if x has more rows than kernels can number, where they number rows.
 class Call {
  public:
-  Call(const char* op, const Tensor& x);
+  Call(const char* op, const Tensor& x, bool numbers_rows = true);
   Call(const Call&) = delete;
 
   const Context& context() const { return context_; }
