@@ -134,12 +134,14 @@ def test_diffuse_nothing():
         assert [tuple(t.shape) for t in found] == [shape, shape]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("dtype", "loss"),
+    [*((DTYPES[0], loss) for loss in LOSSES), (DTYPES[1], "mse"), (DTYPES[2], "huber")],
+)
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_diffusion_loss(dtype, target, loss):
     numbers = Numbers("cpu")
-    for i, shape in enumerate(SHAPES):
+    for i, shape in enumerate(SHAPES[1:]):
         for j, arguments in enumerate(noised(numbers, shape, dtype)):
             at = arguments[1].shape
             output = numbers.samples_apart(shape, DTYPES[(i + j) % 3])
