@@ -179,7 +179,7 @@ def test_losses_beyond_numbers(loss):
     weights = torch.zeros(4), torch.zeros(4)
     delta = None if loss == "mse" else torch.full((4,), 0.5)
     rest = (None, None, None, delta, "sample", loss)
-    found = run("diffusion_loss", "triton", output, x0, *weights, torch.zeros(4, 6), *rest[1:])
+    found = run("diffusion_loss", "triton", output, x0, *weights, torch.zeros(4, 6), *rest)
     assert found[0] == torch.inf
     assert found[1].isnan()
     assert found[2] > 1e28
@@ -192,7 +192,7 @@ def test_losses_beyond_numbers(loss):
         x0,
         *weights,
         torch.zeros(4, 6),
-        *rest[1:],
+        *rest,
         True,
     )
     assert all(grad[1, 5].isnan() and (grad[3] == 0).all() for grad in grads)
