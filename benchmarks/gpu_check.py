@@ -48,6 +48,7 @@ def stages(dry: bool) -> tuple[Stage, ...]:
     from .gpu.attention import ATTENTION
     from .gpu.cases import CASES, FP32, HALF, LAUNCHES, QUANTIZER, SMALL
     from .gpu.modulation import MODULATION
+    from .gpu.noise import NOISE
     from .gpu.worker import sanitizer_items, test_items
 
     def cases(stage: str) -> tuple[str, ...]:
@@ -67,6 +68,7 @@ def stages(dry: bool) -> tuple[Stage, ...]:
         Stage(QUANTIZER, "quantize with gradients, a training step", cases(QUANTIZER), 150),
         Stage(MODULATION, "adaLN, gates and GELU, with gradients", cases(MODULATION), 150),
         Stage(ATTENTION, "attention, with gradients", cases(ATTENTION), 150),
+        Stage(NOISE, "noising, losses, sampler steps", cases(NOISE), 90),
         Stage("report", "the table", (), 0),
     )
 

@@ -34,6 +34,8 @@ from .attention import AttentionCase
 from .device import Device, our_backends
 from .modulation import CASES as MODULATION_CASES
 from .modulation import ModulationCase
+from .noise import CASES as NOISE_CASES
+from .noise import NoiseCase
 from .peers import Lookup, launched, ours, peers, rounds_scores
 from .timing import COLD, WARM
 
@@ -297,7 +299,7 @@ def _bind_eager(problem: Lookup) -> Callable[[], Tensor]:
     return call
 
 
-Case = LookupCase | StepCase | ModulationCase | AttentionCase
+Case = LookupCase | StepCase | ModulationCase | AttentionCase | NoiseCase
 
 
 def _shrunk(row: CodebookShape) -> CodebookShape:
@@ -366,7 +368,7 @@ def _all(name: str) -> list[CodebookShape]:
     return [row for row in CODEBOOK_SHAPES if row.name == name]
 
 
-CASES: tuple[Case, ...] = (*_lookups(), *MODULATION_CASES, *ATTENTION_CASES)
+CASES: tuple[Case, ...] = (*_lookups(), *MODULATION_CASES, *ATTENTION_CASES, *NOISE_CASES)
 
 
 def find_case(key: str) -> Case:

@@ -11,6 +11,7 @@ from benchmarks.bench_modulation import EAGER as EAGER_MODULATION
 from benchmarks.case import OURS
 from benchmarks.records import Record, grouped
 
+from .noise import NOISE_OPS
 from .peers import FLASH, MATMUL
 from .timing import WARM
 
@@ -22,7 +23,8 @@ _HALVES = ("float16", "bfloat16")
 # A search that formed N x K scores would need at least 2 bytes for each.
 _MATRIX_BYTES, _MATRIX_SHARE = 2, 1 / 8
 
-# Rows of the modulation ops below this fit into an L2.
+# Rows of the modulation and of the noise ops below these fit into an L2.
+_NOISE_ELEMENTS = 1 << 25
 _MODULATION_ELEMENTS = 1 << 24
 
 Row = list[Record]
@@ -209,6 +211,17 @@ def _share_of_copy(rows: list[Row]) -> Seen | None:
     return _worst(map(share, rows), at_most=False)
 
 
+def _noise_share_of_copy(rows: list[Row]) -> Seen | None:
+    def share(row: Row) -> Seen | None:
+        ours = best_of_ours(row)
+        if ours is None or row[0].op not in NOISE_OPS or row[0].mode != WARM:
+            return None
+        large = math.prod(map(int, row[0].shape.split("x"))) >= _NOISE_ELEMENTS
+        return Seen(ours.floor_share, _where(ours, ours.op)) if large else None
+
+    return _worst(map(share, rows), at_most=False)
+
+
 def _versus_peer(peer: str) -> Callable[[list[Row]], Seen | None]:
     def ratio(row: Row) -> Seen | None:
         ours, theirs = best_of_ours(row), timed(row, peer)
@@ -260,6 +273,13 @@ TARGETS: tuple[Target, ...] = (
             ("at least 3x as fast as eager", 3.0, "x", _versus_peer(EAGER_MODULATION)),
             ("at least 1.2x as fast as torch.compile", 1.2, "x", _versus_peer(COMPILED)),
         )
+    ),
+    Target(
+        "noising and sampler steps: at least 0.85 of the copy rate",
+        0.85,
+        False,
+        "",
+        _noise_share_of_copy,
     ),
     Target("results outside float64's bound, or failed", 0.0, True, "", _wrong),
 )

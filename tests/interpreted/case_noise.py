@@ -134,12 +134,14 @@ def test_diffuse_nothing():
         assert [tuple(t.shape) for t in found] == [shape, shape]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("dtype", "loss"),
+    [*((DTYPES[0], loss) for loss in LOSSES), (DTYPES[1], "mse"), (DTYPES[2], "huber")],
+)
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_diffusion_loss(dtype, target, loss):
     numbers = Numbers("cpu")
-    for i, shape in enumerate(SHAPES):
+    for i, shape in enumerate(SHAPES[1:]):
         for j, arguments in enumerate(noised(numbers, shape, dtype)):
             at = arguments[1].shape
             output = numbers.samples_apart(shape, DTYPES[(i + j) % 3])
@@ -177,7 +179,7 @@ def test_losses_beyond_numbers(loss):
     weights = torch.zeros(4), torch.zeros(4)
     delta = None if loss == "mse" else torch.full((4,), 0.5)
     rest = (None, None, None, delta, "sample", loss)
-    found = run("diffusion_loss", "triton", output, x0, *weights, torch.zeros(4, 6), *rest[1:])
+    found = run("diffusion_loss", "triton", output, x0, *weights, torch.zeros(4, 6), *rest)
     assert found[0] == torch.inf
     assert found[1].isnan()
     assert found[2] > 1e28
@@ -190,7 +192,7 @@ def test_losses_beyond_numbers(loss):
         x0,
         *weights,
         torch.zeros(4, 6),
-        *rest[1:],
+        *rest,
         True,
     )
     assert all(grad[1, 5].isnan() and (grad[3] == 0).all() for grad in grads)

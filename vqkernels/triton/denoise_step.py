@@ -191,12 +191,11 @@ def _denoise_step(
             predicted = clamped(predicted, tl.load(c + CLIP))
         elif THRESHOLD == "dynamic":
             predicted = clamped(predicted, bound) / bound
-        if prediction is not None:
-            store_block(prediction + base, lane, predicted, inside)
-
         prev = _sum_of_terms(c + PREV, x, predicted, output)
         if extra is not None:
             more = _sum_of_terms(c + EXTRA, x, predicted, output)
+        if prediction is not None:
+            store_block(prediction + base, lane, predicted, inside)
         for i in tl.static_range(len(history)):
             earlier = load_block(history[i] + b * history_strides[i] + start, lane, inside)
             prev = with_term(prev, tl.load(c + PREV + 3 + i), earlier)
