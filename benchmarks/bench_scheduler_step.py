@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from .bench_modulation import EAGER, FRESH, REUSED, keep_freed_memory
-from .bench_noise import DIFFUSERS, SEED, Call, NoiseRow, compiled, not_normal
+from .bench_noise import (
+    DIFFUSERS,
+    NORMAL_OPERATIONS,
+    SEED,
+    Call,
+    NoiseRow,
+    compiled,
+    not_normal,
+)
 from .case import OURS, Check, Provider, Variant
 from .checks import judged
 from .samplers import DDPM_STD, GUIDANCE, ROW, SAMPLERS, STEPS, Sampler
@@ -87,7 +95,8 @@ class StepCase(NoiseRow):
 
     @property
     def operations(self) -> float:
-        return 0.0  # memory bounds all of them but the noise
+        """Of the noise; memory bounds the rest by far."""
+        return float(self.elements * NORMAL_OPERATIONS if self.what.guided else 0)
 
     @property
     def bytes_moved(self) -> float:
@@ -97,7 +106,9 @@ class StepCase(NoiseRow):
         keep_freed_memory(self.memory == REUSED)
         torch.manual_seed(0)
         drawn = self.draw(7)
-        return Inputs(drawn[:3], drawn[3:6], drawn[6])
+        outputs = drawn[3:6]
+        samples = self.what.loop([t.double() for t in drawn[:3]], [t.double() for t in outputs])
+        return Inputs([t.to(drawn[0].dtype) for t in samples], outputs, drawn[6])
 
     def providers(self) -> tuple[Provider, ...]:
         return (
@@ -251,6 +262,7 @@ class LoopCase(StepCase):
                 sample = scheduler.step(output, t, sample, return_dict=False)[0]
             return [sample]
 
+        call()
         return call
 
     def check(self, inputs: Inputs, outputs: Mapping[str, Any]) -> dict[str, Check]:
@@ -282,7 +294,12 @@ class OpCase(StepCase):
         table, row = self.scheduler(schedulers).coefficients, torch.tensor(ROW)
         sample, output = inputs.samples[-1], inputs.outputs[-1]
         out = torch.empty_like(sample) if self.memory == REUSED else None
-        return lambda: [denoise_step(sample, output, table, index=row, out=out).prev_sample]
+
+        def call() -> list[Tensor]:
+            return [denoise_step(sample, output, table, index=row, out=out).prev_sample]
+
+        call()  # as the others, for their peak of memory
+        return call
 
 
 def _cases() -> tuple[StepCase, ...]:

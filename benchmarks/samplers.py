@@ -128,6 +128,17 @@ def unipc_corrected(
     return exponential(start, end, before, last) - end.alpha * b * change
 
 
+def unipc_predicted(row: int, sample: Tensor, data: Tensor, last: Tensor | None) -> Tensor:
+    """UniP: the sample at the next row from a corrected one."""
+    start, end = trained_level(row), trained_level(row + 1)
+    moved = exponential(start, end, sample, data)
+    if last is None:
+        return moved
+    h = end.half_log_snr - start.half_log_snr
+    r = (trained_level(row - 1).half_log_snr - start.half_log_snr) / h
+    return moved - 0.5 * end.alpha * math.expm1(-h) * (last - data) / r
+
+
 def unipc_history(samples: Tensors, outputs: Tensors) -> tuple[Tensor, ...]:
     """The corrected sample one row earlier, and the data predicted one and two rows earlier."""
     older = trained_level(ROW - 2).data(samples[0], outputs[0])
@@ -135,18 +146,26 @@ def unipc_history(samples: Tensors, outputs: Tensors) -> tuple[Tensor, ...]:
     return unipc_corrected(ROW - 1, samples[0], last, older, None), last, older
 
 
+def unipc_loop(samples: Tensors, outputs: Tensors) -> list[Tensor]:
+    """The samples as a loop has them that starts at the first: UniC corrects its own prediction."""
+    older = trained_level(ROW - 2).data(samples[0], outputs[0])
+    second = unipc_predicted(ROW - 2, samples[0], older, None)
+    before, last, older = unipc_history([samples[0], second], outputs)
+    return [samples[0], second, unipc_predicted(ROW - 1, before, last, older)]
+
+
 def unipc(sample: Tensor, output: Tensor, before: Tensor, last: Tensor, older: Tensor) -> Tensor:
     """UniC of order 2, then UniP of order 2."""
     data = NOW.data(sample, output)
-    corrected = unipc_corrected(ROW, before, data, last, older)
-    h = NEXT.half_log_snr - NOW.half_log_snr
-    r = (trained_level(ROW - 1).half_log_snr - NOW.half_log_snr) / h
-    bend = 0.5 * NEXT.alpha * math.expm1(-h) * (last - data) / r
-    return exponential(NOW, NEXT, corrected, data) - bend
+    return unipc_predicted(ROW, unipc_corrected(ROW, before, data, last, older), data, last)
 
 
 def nothing(samples: Tensors, outputs: Tensors) -> tuple[Tensor, ...]:
     return ()
+
+
+def any_samples(samples: Tensors, outputs: Tensors) -> list[Tensor]:
+    return list(samples)
 
 
 TRAILING = {"timestep_spacing": "trailing"}
@@ -156,7 +175,8 @@ TRAILING = {"timestep_spacing": "trailing"}
 class Sampler:
     """A scheduler of both libraries, and its plain step `(sample, output, *history) -> Tensor`.
 
-    `reads` and `writes` count the tensors that a step's equations need and give.
+    `reads` and `writes` count the tensors that a step's equations need and give; `loop` makes the
+    samples of three rows follow each other, where a step takes that for granted.
     """
 
     scheduler: str
@@ -165,6 +185,7 @@ class Sampler:
     writes: int
     config: dict[str, Any] = field(default_factory=lambda: TRAILING)
     history: Callable[[Tensors, Tensors], tuple[Tensor, ...]] = nothing
+    loop: Callable[[Tensors, Tensors], list[Tensor]] = any_samples
     guided: bool = False
 
 
@@ -177,6 +198,7 @@ SAMPLERS = {
         "DDPMScheduler", guided_ddpm, 3, 2, {**TRAILING, "clip_sample": False}, guided=True
     ),
     "DPM++ 2M": Sampler("DPMSolverMultistepScheduler", dpm, 3, 2, history=dpm_history),
-    # The corrected sample is written too.
-    "UniPC": Sampler("UniPCMultistepScheduler", unipc, 5, 3, history=unipc_history),
+    "UniPC": Sampler(
+        "UniPCMultistepScheduler", unipc, 4, 2, history=unipc_history, loop=unipc_loop
+    ),
 }

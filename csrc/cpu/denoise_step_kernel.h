@@ -45,15 +45,21 @@ struct Combination {
 // place are written.
 template <int kOperands, int kSums>
 inline void combine_all(const Combination* sums, float* const* out, int64_t count) {
+  vf weights[kSums][kOperands];
+  for (int s = 0; s < kSums; ++s) {
+    for (int i = 0; i < kOperands; ++i) weights[s][i] = splat(sums[s].weights[i]);
+  }
+  const float* operands[kOperands];
+  for (int i = 0; i < kOperands; ++i) operands[i] = sums[0].operands[i];
+  float* places[kSums];
+  for (int s = 0; s < kSums; ++s) places[s] = out[s];
   each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
     vf values[kOperands];
-    for (int i = 0; i < kOperands; ++i) values[i] = load_at(sums[0].operands[i], at, lanes);
+    for (int i = 0; i < kOperands; ++i) values[i] = load_at(operands[i], at, lanes);
     for (int s = 0; s < kSums; ++s) {
-      vf sum = splat(sums[s].weights[0]) * values[0];
-      for (int i = 1; i < kOperands; ++i) {
-        sum = multiply_add(splat(sums[s].weights[i]), values[i], sum);
-      }
-      store_at(out[s], at, lanes, sum);
+      vf sum = weights[s][0] * values[0];
+      for (int i = 1; i < kOperands; ++i) sum = multiply_add(weights[s][i], values[i], sum);
+      store_at(places[s], at, lanes, sum);
     }
   });
 }
@@ -152,78 +158,131 @@ inline const float* noise_of(const DenoiseStep& task, int64_t level, int64_t sam
   return rooms.scaled.floats;
 }
 
+// A stretch's operands, and where its results go until `finish_block`; null: there is none.
+struct Stretch {
+  const float *row, *sample, *output, *noise;
+  const float* history[DenoiseStep::kHistory];
+  float *prediction, *prev, *extra;
+  int64_t count;
+};
+
+// Weights `of` of sample, prediction, output and history. A prediction without a limit is itself a
+// sum, of which no digits are lost here.
+inline Combination combination(const Stretch& stretch, const float* of, bool limited) {
+  Combination sum;
+  const float* row = stretch.row;
+  const double inner = limited ? 0.0 : of[1];
+  sum.add(of[0] + inner * row[step_column::prediction_sample], stretch.sample);
+  sum.add(of[2] + inner * row[step_column::prediction_output], stretch.output);
+  if (limited) sum.add(of[1], stretch.prediction);
+  for (int i = 0; i < DenoiseStep::kHistory && stretch.history[i] != nullptr; ++i) {
+    sum.add(of[3 + i], stretch.history[i]);
+  }
+  return sum;
+}
+
+// In place of an operand whose weight is 0.
+alignas(64) constexpr float kNothing[kNoiseBlock] = {};
+
+// Both in one pass, where there is neither history nor `extra`: the limited prediction and `prev`.
+template <bool kStored>
+inline void limited_step(const Stretch& stretch, const Combination& predicted, float limit,
+                         bool scaled) {
+  const float* of = stretch.row + step_column::prev;
+  const vf most = splat(limit), least = splat(-limit), factor = splat(scaled ? 1 / limit : 1.0f);
+  const auto term = [](float weight, const float* operand) {
+    return weight == 0 || operand == nullptr ? kNothing : operand;
+  };
+  const float to_noise = stretch.noise == nullptr ? 0 : stretch.row[step_column::prev_noise];
+  const float *sample = term(of[0], stretch.sample), *output = term(of[2], stretch.output);
+  const float* noise = term(to_noise, stretch.noise);
+  const float *first = predicted.operands[0], *second = predicted.operands[1];
+  const vf a = splat(predicted.weights[0]), b = splat(predicted.weights[1]);
+  const vf by_sample = splat(of[0]), by_output = splat(of[2]), by_noise = splat(to_noise);
+  const vf by_prediction = splat(of[1]);
+  const bool counts = of[1] != 0;  // else it may be no number
+  float *prediction = stretch.prediction, *prev = stretch.prev;
+  each_vector(stretch.count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
+    vf x = multiply_add(a, load_at(first, at, lanes), b * load_at(second, at, lanes));
+    x = maximum(least, minimum(most, x)) * factor;
+    vf sum =
+        multiply_add(by_sample, load_at(sample, at, lanes), by_output * load_at(output, at, lanes));
+    sum = multiply_add(by_noise, load_at(noise, at, lanes), sum);
+    if constexpr (kStored) store_at(prediction, at, lanes, x);
+    store_at(prev, at, lanes, counts ? multiply_add(by_prediction, x, sum) : sum);
+  });
+}
+
+// `predicted` makes the prediction; with `limited` it is there already.
+inline void step_sums(const Stretch& stretch, const Combination& predicted, bool stored,
+                      bool limited) {
+  Combination sums[3];
+  float* out[3];
+  int count = 0;
+  const auto write = [&](const Combination& sum, float* place) {
+    sums[count] = sum;
+    out[count++] = place;
+  };
+  if (stored && !limited) write(predicted, stretch.prediction);
+  if (stretch.extra != nullptr) {
+    write(combination(stretch, stretch.row + step_column::extra, limited), stretch.extra);
+  }
+  // `prev` comes last: it may take the place of an operand.
+  Combination to_prev = combination(stretch, stretch.row + step_column::prev, limited);
+  if (stretch.noise != nullptr) to_prev.add(stretch.row[step_column::prev_noise], stretch.noise);
+  write(to_prev, stretch.prev);
+  combine(sums, out, count, stretch.count);
+}
+
 inline void step_stretch(const DenoiseStep& task, int64_t level, const WholeSample& whole,
                          int64_t sample, int64_t first, int64_t count, StepRooms& rooms) {
   const float* row = row_of(task, level);
-  const float* x = read_block(task.sample, sample, first, count, rooms.sample);
-  const float* output = output_of(task, row, whole.output_factor, sample, first, count, rooms);
-  const auto start = [&](const Samples& to, NoiseRoom& room) {
+  const bool drawn =
+      row[step_column::prev_noise] != 0 && (task.keyed || task.noise.data != nullptr);
+  const auto start = [&](const Samples& to, NoiseRoom& room) -> float* {
+    if (to.data == nullptr) return nullptr;
     return start_block(to, sample, first, task.streaming, room);
   };
+  Stretch stretch = {};
+  stretch.row = row;
+  stretch.count = count;
+  stretch.sample = read_block(task.sample, sample, first, count, rooms.sample);
+  stretch.output = output_of(task, row, whole.output_factor, sample, first, count, rooms);
+  if (drawn) stretch.noise = noise_of(task, level, sample, first, count, rooms);
+  for (int i = 0; i < DenoiseStep::kHistory && task.history[i].data != nullptr; ++i) {
+    stretch.history[i] = read_block(task.history[i], sample, first, count, rooms.history[i]);
+  }
+  stretch.prev = start(task.prev, rooms.prev);
+  stretch.extra = start(task.extra, rooms.extra);
+  stretch.prediction = start(task.prediction, rooms.prediction);
+  const bool stored = stretch.prediction != nullptr;
+
   Combination predicted;
-  predicted.add(row[step_column::prediction_sample], x);
-  predicted.add(row[step_column::prediction_output], output);
-  const bool limited = task.threshold != Threshold::none;
-  float* prediction = rooms.prediction.floats;
-  if (task.prediction.data != nullptr) prediction = start(task.prediction, rooms.prediction);
-  if (limited) {
+  predicted.add(row[step_column::prediction_sample], stretch.sample);
+  predicted.add(row[step_column::prediction_output], stretch.output);
+  if (task.threshold == Threshold::none) {
+    step_sums(stretch, predicted, stored, false);
+  } else {
     const bool scaled = task.threshold == Threshold::dynamic;
     const float limit = scaled ? whole.limit : row[step_column::clip];
-    const auto limited_of = predicted.count == 2   ? limited_prediction<2>
-                            : predicted.count == 1 ? limited_prediction<1>
-                                                   : limited_prediction<0>;
-    limited_of(predicted, limit, scaled, count, prediction);
-  }
-
-  const float* history[DenoiseStep::kHistory];
-  for (int i = 0; i < DenoiseStep::kHistory; ++i) {
-    if (task.history[i].data == nullptr) break;
-    history[i] = read_block(task.history[i], sample, first, count, rooms.history[i]);
-  }
-  const auto combination = [&](const float* of) {
-    Combination sum;
-    double of_sample = of[0], of_output = of[2];
-    if (!limited) {  // the prediction is itself a sum, of which no digits are lost here
-      of_sample += double(of[1]) * row[step_column::prediction_sample];
-      of_output += double(of[1]) * row[step_column::prediction_output];
+    if (!stored) stretch.prediction = rooms.prediction.floats;
+    if (predicted.count == 2 && stretch.history[0] == nullptr && stretch.extra == nullptr) {
+      const auto step = stored ? limited_step<true> : limited_step<false>;
+      step(stretch, predicted, limit, scaled);
+    } else {
+      const auto limited_of = predicted.count == 2   ? limited_prediction<2>
+                              : predicted.count == 1 ? limited_prediction<1>
+                                                     : limited_prediction<0>;
+      limited_of(predicted, limit, scaled, count, stretch.prediction);
+      step_sums(stretch, predicted, stored, true);
     }
-    sum.add(of_sample, x);
-    sum.add(of_output, output);
-    if (limited) sum.add(of[1], prediction);
-    for (int i = 0; i < DenoiseStep::kHistory && task.history[i].data != nullptr; ++i) {
-      sum.add(of[3 + i], history[i]);
-    }
-    return sum;
+  }
+  const auto finish = [&](const float* floats, const Samples& to) {
+    if (to.data != nullptr) finish_block(floats, to, sample, first, count, task.streaming);
   };
-  // `prev` comes last: it may take the place of an operand.
-  Combination sums[3];
-  float* out[3];
-  int sum_count = 0;
-  const auto write = [&](const Combination& sum, float* place) {
-    sums[sum_count] = sum;
-    out[sum_count++] = place;
-  };
-  if (task.prediction.data != nullptr && !limited) write(predicted, prediction);
-  float* extra = nullptr;
-  if (task.extra.data != nullptr) {
-    write(combination(row + step_column::extra), extra = start(task.extra, rooms.extra));
-  }
-  Combination to_prev = combination(row + step_column::prev);
-  const float to_noise = row[step_column::prev_noise];
-  if (to_noise != 0 && (task.keyed || task.noise.data != nullptr)) {
-    to_prev.add(to_noise, noise_of(task, level, sample, first, count, rooms));
-  }
-  float* prev = start(task.prev, rooms.prev);
-  write(to_prev, prev);
-  combine(sums, out, sum_count, count);
-
-  finish_block(prev, task.prev, sample, first, count, task.streaming);
-  if (task.prediction.data != nullptr) {
-    finish_block(prediction, task.prediction, sample, first, count, task.streaming);
-  }
-  if (extra != nullptr) {
-    finish_block(extra, task.extra, sample, first, count, task.streaming);
-  }
+  finish(stretch.prev, task.prev);
+  finish(stretch.prediction, task.prediction);
+  finish(stretch.extra, task.extra);
 }
 
 // Quantile and deviations of a sample come from passes of their own over it.

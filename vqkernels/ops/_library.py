@@ -24,20 +24,27 @@ _NATIVE = {
 }
 
 
+Kernels = Callable[[str], Callable[..., Any]]  # by backend
+
+
 def define(schema: str, reference: Callable[..., Any]) -> torch._ops.OpOverload:
     """Define the op `schema`, which leaves out the trailing `str backend`."""
+    return define_with_kernels(schema, reference)[0]
+
+
+def define_with_kernels(
+    schema: str, reference: Callable[..., Any]
+) -> tuple[torch._ops.OpOverload, Kernels]:
+    """As `define`; the op, and its kernels for calls that need no dispatcher: see `_direct`."""
     kernel = _kernels_of(schema, reference)
-    return define_as(schema, lambda *args: kernel(args[-1])(*args[:-1]))
+    return define_as(schema, lambda *args: kernel(args[-1])(*args[:-1])), kernel
 
 
 def define_writing(
     schema: str, reference: Callable[..., Any]
-) -> tuple[torch._ops.OpOverload, Callable[[str], Callable[..., Any]]]:
-    """As `define`, for an op that can also write its results into given tensors, without autograd.
-
-    Returns the op and, by backend, its kernel, which takes a list of those tensors behind the
-    schema's arguments; an empty one asks for new ones.
-    """
+) -> tuple[torch._ops.OpOverload, Kernels]:
+    """As `define_with_kernels`, for an op that can also write its results into given tensors:
+    kernels take a list of those behind the schema's arguments; an empty one asks for new ones."""
     arguments, results = schema.rsplit(") -> ", 1)
 
     def write(*args: Any) -> Any:
@@ -52,7 +59,7 @@ def define_writing(
     return define_as(schema, lambda *args: kernel(args[-1])(*args[:-1], [])), kernel
 
 
-def _kernels_of(schema: str, reference: Callable[..., Any]) -> Callable[[str], Callable[..., Any]]:
+def _kernels_of(schema: str, reference: Callable[..., Any]) -> Kernels:
     name = schema[: schema.index("(")]
     kernels: dict[str, Callable[..., Any]] = {"reference": reference}
     for device, library in _NATIVE.items():

@@ -3,7 +3,7 @@ place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -135,24 +135,3 @@ def check_out(name: str, out: Tensor, shape: Sequence[int], dtype: torch.dtype) 
         )
     if torch.is_grad_enabled() and out.requires_grad:
         raise ValueError(f"{name} must not require a gradient: what is written has none")
-
-
-def run_without_gradient(
-    op: Callable[..., Any],
-    kernels: Callable[[str], Callable[..., Any]],
-    arguments: tuple[Any, ...],
-    backend: str,
-    out: Sequence[Tensor] = (),
-) -> Any:
-    """Call the op's kernel itself, which saves half of a short call, or the op where it is traced.
-
-    With `out` the kernel writes these tensors. Autograd sees that: a graph that saved one of them
-    raises in its backward pass.
-    """
-    if not out and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0):
-        return op(*arguments, backend)
-    with torch.no_grad():
-        results = kernels(backend)(*arguments, list(out))
-    for tensor in out:
-        torch.autograd.graph.increment_version(tensor)
-    return results

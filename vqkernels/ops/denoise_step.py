@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vqkernels.backends import select
 from vqkernels.ops._checks import check_choice, check_same_device, check_tensor
+from vqkernels.ops._direct import traced, write
 from vqkernels.ops._library import define_writing, fake, not_differentiable
 from vqkernels.ops._noise import (
     at_levels,
@@ -32,7 +33,6 @@ from vqkernels.ops._noise import (
     check_out,
     check_samples,
     noise_key,
-    run_without_gradient,
 )
 from vqkernels.reference import denoise_step as reference
 
@@ -222,9 +222,12 @@ def denoise_step(
     )
     if out is not None:
         check_out("out", out, sample.shape, sample.dtype)
-    results = run_without_gradient(
-        _denoise_step, _kernels, arguments, backend, () if out is None else [out]
-    )
+        results = write(_kernels, arguments, backend, [out])
+    elif traced():
+        with torch.no_grad():
+            results = _denoise_step(*arguments, backend)
+    else:
+        results = write(_kernels, arguments, backend, ())
     prev, prediction, extra = results
     return DenoiseStepOutput(
         prev if out is None else out,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vqkernels.backends import select
 from vqkernels.ops._checks import check_choice, check_floating
+from vqkernels.ops._direct import gradient_of, run, write
 from vqkernels.ops._library import (
     define_as,
     define_writing,
@@ -35,7 +36,6 @@ from vqkernels.ops._noise import (
     check_out,
     check_samples,
     noise_key,
-    run_without_gradient,
     same_levels,
 )
 from vqkernels.ops.normal_noise import _normal_noise
@@ -124,6 +124,7 @@ def _backward(ctx: Any, grad_x_t: Tensor, grad_target: Tensor) -> tuple[Tensor |
 
 
 differentiable(_diffuse, _backward, _save)
+_Gradient = gradient_of("Diffuse", _kernels, _backward, _save, [])
 
 
 def diffuse(
@@ -171,13 +172,9 @@ def diffuse(
     if out is not None:
         for name, tensor in zip(("out[0]", "out[1]"), out, strict=True):
             check_out(name, tensor, x0.shape, x0.dtype)
-        run_without_gradient(_diffuse, _kernels, arguments, backend, out)
+        write(_kernels, arguments, backend, out)
         return out
-    leaves = (x0, alpha, sigma, noise)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves):
-        x_t, wanted = _diffuse(*arguments, backend)
-    else:
-        x_t, wanted = run_without_gradient(_diffuse, _kernels, arguments, backend)
+    x_t, wanted = run(_diffuse, _kernels, arguments, backend, [], gradient=_Gradient)
     return x_t, wanted
 
 
@@ -185,4 +182,5 @@ def as_level(name: str, value: Tensor, x0: Tensor) -> Tensor:
     """A floating-point level, in fp32 or float64."""
     check_floating(name, value)
     at = at_levels(name, value, "x0", x0)
-    return at.to(torch.float64 if x0.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    return at if at.dtype == wide else at.to(wide)

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from vqkernels.backends import select
 from vqkernels.ops._checks import check_choice
-from vqkernels.ops._library import define, differentiable, fake, not_differentiable
+from vqkernels.ops._direct import gradient_of, run
+from vqkernels.ops._library import (
+    define_with_kernels,
+    differentiable,
+    fake,
+    not_differentiable,
+)
 from vqkernels.ops._noise import check_like, check_noise, check_samples, noise_key, same_levels
 from vqkernels.ops.diffuse import TARGETS, as_level
 from vqkernels.reference import diffusion_loss as reference
@@ -33,7 +39,9 @@ _ARGUMENTS = (
     "Tensor model_output, Tensor x0, Tensor alpha, Tensor sigma, Tensor? noise, Tensor? key,"
     " Tensor? sample_ids, Tensor? weight, Tensor? delta, str target, str loss"
 )
-_diffusion_loss = define(f"diffusion_loss({_ARGUMENTS}) -> Tensor", reference.diffusion_loss)
+_diffusion_loss, _kernels = define_with_kernels(
+    f"diffusion_loss({_ARGUMENTS}) -> Tensor", reference.diffusion_loss
+)
 
 
 @fake(_diffusion_loss)
@@ -54,7 +62,7 @@ def _(
     return alpha.new_empty(alpha.shape)
 
 
-_diffusion_loss_backward = define(
+_diffusion_loss_backward, _backward_kernels = define_with_kernels(
     f"diffusion_loss_backward(Tensor grad, {_ARGUMENTS}, bool needs_x0) -> (Tensor, Tensor)",
     reference.diffusion_loss_backward,
 )
@@ -91,13 +99,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x0 = ctx.needs_input_grad[1]
-    grad_output, grad_x0 = _diffusion_loss_backward(
-        grad, *ctx.saved_tensors, ctx.target, ctx.loss, needs_x0, ctx.backend
-    )
+    arguments = (grad, *ctx.saved_tensors, ctx.target, ctx.loss, needs_x0)
+    grad_output, grad_x0 = run(_diffusion_loss_backward, _backward_kernels, arguments, ctx.backend)
     return grad_output, grad_x0 if needs_x0 else None, *(None,) * 10
 
 
 differentiable(_diffusion_loss, _backward, _save)
+_Gradient = gradient_of("DiffusionLoss", _kernels, _backward, _save)
 
 
 def diffusion_loss(
@@ -159,7 +167,6 @@ def diffusion_loss(
     a, s, w, d = same_levels(x0, *levels)
     key = None if seed is None else noise_key(seed, step, stream, x0.device)
     backend = select("diffusion_loss", model_output, x0, noise)
-    losses: Tensor = _diffusion_loss(
-        model_output, x0, a, s, noise, key, sample_ids, w, d, target, loss, backend
-    )
+    arguments = (model_output, x0, a, s, noise, key, sample_ids, w, d, target, loss)
+    losses: Tensor = run(_diffusion_loss, _kernels, arguments, backend, gradient=_Gradient)
     return losses

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from vqkernels.backends import select
+from vqkernels.ops._direct import traced, write
 from vqkernels.ops._library import define_writing, fake, not_differentiable
-from vqkernels.ops._noise import check_out, check_sample_ids, noise_key, run_without_gradient
+from vqkernels.ops._noise import check_out, check_sample_ids, noise_key
 from vqkernels.reference import normal_noise as reference
 
 _normal_noise, _kernels = define_writing(
@@ -85,9 +86,11 @@ def normal_noise(
     arguments = (shape, key, sample_ids, dtype)
     if out is not None:
         check_out("out", out, shape, dtype)
-        run_without_gradient(_normal_noise, _kernels, arguments, backend, [out])
+        write(_kernels, arguments, backend, [out])
         return out
-    noise: Tensor = run_without_gradient(_normal_noise, _kernels, arguments, backend)
+    noise: Tensor = (
+        _normal_noise(*arguments, backend) if traced() else write(_kernels, arguments, backend, ())
+    )
     return noise
 
 

@@ -15,6 +15,7 @@ Zhao et al. 2023, arXiv:2302.04867 (UniPC).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -43,10 +44,18 @@ class StepWeights(NamedTuple):
     noise: float = 0.0
 
 
+@functools.cache
+def _series(k: int) -> tuple[float, ...]:
+    return tuple(1 / math.factorial(n + k - 1) for n in range(19, 0, -1))
+
+
 def growth(k: int, z: float) -> float:
     """g_1 = e^z - 1, g_{k+1} = g_k / z - 1 / k!: the sum over n >= 1 of z^n / (n + k - 1)!."""
     if abs(z) < 1:  # where the recursion cancels
-        return math.fsum(z**n / math.factorial(n + k - 1) for n in range(1, 20))
+        total = 0.0
+        for coefficient in _series(k):
+            total = (total + coefficient) * z
+        return total
     value = math.expm1(z)
     for i in range(1, k):
         value = value / z - 1 / math.factorial(i)

@@ -219,28 +219,28 @@ class UniPCMultistepScheduler(MultistepScheduler):
         path, solver, data = self._path, self.config.solver_type, self.predict_x0
         rows = len(self._values)
         # Of the last corrected sample, this step's sample and prediction, and earlier predictions.
-        corrected = torch.zeros(6, rows, dtype=torch.float64)
-        previous = torch.zeros(6, rows, dtype=torch.float64)
-        predicted = torch.zeros(0, dtype=torch.float64)
+        corrected, previous = np.zeros((6, rows)), np.zeros((6, rows))
+        predicted = np.zeros(0)
         orders = [self._order(row, max(row - begin, 0)) for row in range(rows)]
         for row in range(rows):
             corrected[1, row] = 1
             if self._corrects(row, begin):
                 order = usable_order(path, row - 1, orders[row - 1])
                 step = unipc_corrector(path, row - 1, order, solver, data)
-                corrected[2 : 3 + order, row] = torch.tensor(step.predictions, dtype=torch.float64)
+                corrected[2 : 3 + order, row] = step.predictions
                 if self._from_last:
-                    corrected[:2, row] = torch.tensor([step.sample, 0])
+                    corrected[:2, row] = step.sample, 0
                 else:  # the sample holds the last one, moved as the predictor has it
                     corrected[3 : 3 + order, row] -= predicted
             order = usable_order(path, row, orders[row])
             step = unipc_predictor(path, row, order, solver, data)
-            predicted = torch.tensor(step.predictions, dtype=torch.float64)
+            predicted = np.array(step.predictions)
             previous[:, row] = step.sample * corrected[:, row]
             previous[2 : 2 + order, row] += predicted
         columns: dict[str, Tensor | float] = {"clip": self._clip()}
         results = {"prev": previous, "extra": corrected} if self._from_last else {"prev": previous}
-        for name, weights in results.items():
+        for name, values in results.items():
+            weights = torch.from_numpy(values)
             history = weights[[0, 3, 4, 5]] if self._from_last else weights[3:]
             columns |= {f"{name}_history_{k}": weight for k, weight in enumerate(history)}
             columns |= self._with_prediction(name, data, weights[1], weights[2])
