@@ -90,7 +90,7 @@ TABLE = (
     Row(FAMILIES, "float32", (17, 0), False, _CUDA_FIRST,
         "one fp16 product a score and float64 for what its bound leaves open; Triton takes "
         "several bf16 products a score"),
-    # Widths that Triton reads in the blocks of a measured one. In a graph, forward and backward.
+    # In a graph. Widths of the blocks in which Triton reads measured ones, and between them.
     Row(("hopper",), "half", (257, 4096), False, _CUDA_FIRST,
         "H100, 32768 rows, bf16, forward + backward: 0.022 + 0.042 ms against Triton's 0.029 + "
         "0.049 at D = 384, 0.060 + 0.104 against 0.090 + 0.171 at 1152, 0.160 + 0.242 against "
