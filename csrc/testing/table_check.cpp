@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../cpu/kernel_table.h"
+#include "noise_check.h"
 
 namespace vqkernels {
 namespace {
@@ -139,6 +140,11 @@ class Checker {
         }
       }
     }
+    where_ = "";
+    const auto good = [&](bool fine, const std::string& what, int64_t row) {
+      expect(fine, what, row);
+    };
+    NoiseChecker(table_, good).run();
   }
 
  private:

@@ -14,6 +14,8 @@ from torch import Tensor
 from vqkernels import normal_noise
 from vqkernels.schedulers import DPMSolverMultistepScheduler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 diffusers.utils.logging.set_verbosity_error()
 Theirs = diffusers.DPMSolverMultistepScheduler
 ALGORITHMS = ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver")

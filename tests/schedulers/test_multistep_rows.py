@@ -19,6 +19,8 @@ from vqkernels.schedulers._multistep_rows import (
     usable_order,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAMBDAS = np.array([-3.0, -2.4, -2.1, -1.3, -0.4, 0.5, 1.6])
 STEP = 3
 

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vqkernels import normal_noise, schedulers
 from vqkernels.schedulers import SamplingState, sample
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = [name for name in schedulers.__all__ if name.endswith("Scheduler")]
 NOISY = ("DDPMScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler")
 SHAPE = (4, 3, 5)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from vqkernels.schedulers import UniPCMultistepScheduler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 diffusers.utils.logging.set_verbosity_error()
 Theirs = diffusers.UniPCMultistepScheduler
 BETAS = {
