@@ -213,11 +213,17 @@ def test_modulation_is_chosen_where_it_was_measured(gpu: Callable[..., None]) ->
     gpu(90)
     half, single = torch.bfloat16, torch.float32
     for op, dim, dtype, expected in (
-        ("ada_layer_norm", 1152, half, "cuda"),
-        ("ada_layer_norm", 1152, single, "triton"),
-        ("ada_layer_norm", 384, half, "triton"),
-        ("gated_residual_ada_layer_norm", 1152, half, "triton"),
-        ("gated_residual", 1152, half, "triton"),
+        ("ada_layer_norm", 384, half, "cuda"),
+        ("ada_layer_norm", 3072, half, "cuda"),
+        ("ada_layer_norm", 1152, single, "cuda"),
+        ("gated_residual_ada_layer_norm", 384, half, "cuda"),
+        ("gated_residual_ada_layer_norm", 3072, half, "cuda"),
+        ("gated_residual_ada_layer_norm", 1152, single, "triton"),
+        ("gated_residual", 1152, half, "triton"),  # level there
+        # Not measured.
+        ("ada_layer_norm", 256, half, "triton"),
+        ("ada_layer_norm", 8192, half, "triton"),
+        ("ada_layer_norm", 384, single, "triton"),
     ):
         x, vectors = on_gpu(4096, 4, dim, dtype)
         assert backends.select(op, x, vectors, vectors) == expected

@@ -90,13 +90,21 @@ TABLE = (
     Row(FAMILIES, "float32", (17, 0), False, _CUDA_FIRST,
         "one fp16 product a score and float64 for what its bound leaves open; Triton takes "
         "several bf16 products a score"),
-    Row(("hopper",), "half", (513, 1280), False, _CUDA_FIRST,
-        "H100, 32768 x 1152, bf16, before a row's loads ran ahead: 0.071 ms against Triton's 0.086 "
-        "in a graph, 0.093 against 0.194 a call", measured=True, ops=("ada_layer_norm",)),
-    Row(("hopper",), "half", (513, 1280), False, _TRITON_FIRST,
-        "H100, 32768 x 1152, bf16, in a graph: 0.106 ms against CUDA's 0.133 before a row's loads "
-        "ran ahead there, with gradients 0.34 against 0.46; a call, whose host time is the most of "
-        "it, 0.42 against 0.28", measured=True, ops=("gated_residual_ada_layer_norm",)),
+    # In a graph. Widths of the blocks in which Triton reads measured ones, and between them.
+    Row(("hopper",), "half", (257, 4096), False, _CUDA_FIRST,
+        "H100, 32768 rows, bf16, forward + backward: 0.022 + 0.042 ms against Triton's 0.029 + "
+        "0.049 at D = 384, 0.060 + 0.104 against 0.090 + 0.171 at 1152, 0.160 + 0.242 against "
+        "0.143 + 0.372 at 3072", measured=True, ops=("ada_layer_norm",)),
+    Row(("hopper",), "half", (257, 4096), False, _CUDA_FIRST,
+        "H100, 32768 rows, bf16, forward + backward: 0.043 + 0.065 ms against Triton's 0.050 + "
+        "0.081 at D = 384, 0.112 + 0.182 against 0.108 + 0.234 at 1152, 0.299 + 0.470 against "
+        "0.273 + 0.766 at 3072", measured=True, ops=("gated_residual_ada_layer_norm",)),
+    Row(("hopper",), "float32", (1025, 2048), False, _CUDA_FIRST,
+        "H100, 16384 x 1152, forward + backward: 0.063 + 0.092 ms against Triton's 0.063 + 0.100",
+        measured=True, ops=("ada_layer_norm",)),
+    Row(("hopper",), "float32", (1025, 2048), False, _TRITON_FIRST,
+        "H100, 16384 x 1152, forward + backward: 0.104 + 0.172 ms against CUDA's 0.118 + 0.178",
+        measured=True, ops=("gated_residual_ada_layer_norm",)),
 )
 # fmt: on
 

@@ -32,7 +32,10 @@ _OLDER = "3.6"
 _OLDER_PATH = Path(
     os.environ.get("VQKERNELS_TRITON_3_6") or Path(__file__).parents[2] / ".venv/triton-3.6"
 )
-_MASKS = f"{Path(__file__).with_name('test_triton_attention.py')}::test_shared_memory_holds_masks"
+_TILES = (
+    f"{Path(__file__).with_name('test_triton_attention.py')}"
+    "::test_shared_memory_holds_masks_and_dropout"
+)
 _ALL = [variant for capability in CAPABILITIES for variant in variants(capability)]
 
 # A score costs a subtraction or a multiply-add, a minimum, a comparison and a selection.
@@ -46,7 +49,7 @@ def _key(compiler: str, variant: Variant) -> tuple[str, str, str, str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def older(request, tmp_path_factory) -> Iterator[subprocess.Popen[str] | None]:
-    """This file and attention's masks under Triton 3.6, beside this process, if that is wanted."""
+    """This file and attention's tiles under Triton 3.6, beside this process, if that is wanted."""
     wanted = any("test_under_triton" in item.name for item in request.session.items)
     if not wanted or _VERSION == _OLDER or not (_OLDER_PATH / "triton").is_dir():
         yield None
@@ -58,7 +61,7 @@ def older(request, tmp_path_factory) -> Iterator[subprocess.Popen[str] | None]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "VQKERNELS_RESOURCES_SEEN": str(folder / "seen.json"),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, _MASKS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, _TILES]
     with (
         (folder / "output").open("w+") as output,
         subprocess.Popen(

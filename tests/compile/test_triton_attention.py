@@ -33,6 +33,10 @@ HALF, SPLIT = torch.bfloat16, torch.float32
 MASKED = [(capability, dim, "added", HALF) for capability in CAPABILITIES for dim in (80, 128, 256)]
 MASKED += [(90, 96, "added", HALF), (120, 256, "added", SPLIT)]
 MASKED += [(90, dim, mask, HALF) for dim in (80, 128) for mask in ("none", "bool")]
+DROPPED = [(90, dim, "none", HALF) for dim in (80, 96, 128, 256)]
+DROPPED += [(90, 128, "added", HALF), (120, 256, "none", SPLIT)]
+DROPPED += [(capability, 256, "added", HALF) for capability in CAPABILITIES]
+TILES = [(*case, False) for case in MASKED] + [(*case, True) for case in DROPPED]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -75,17 +79,18 @@ def test_compiles_without_spills(capability: int, is_causal: bool, dropout: bool
         assert not any(loop["LDL"] + loop["STL"] for loop in result.code.innermost_loops), kernel
 
 
-@pytest.mark.parametrize(("capability", "dim", "mask", "dtype"), MASKED)
-def test_shared_memory_holds_masks(
-    capability: int, dim: int, mask: str, dtype: torch.dtype
+@pytest.mark.parametrize(("capability", "dim", "mask", "dtype", "dropout"), TILES)
+def test_shared_memory_holds_masks_and_dropout(
+    capability: int, dim: int, mask: str, dtype: torch.dtype, dropout: bool
 ) -> None:
     """As the wrappers launch them: what needs more raises as it starts."""
     q, k = (empty(2, 2, rows, dim, dtype=dtype) for rows in (150, 190))
     lse = empty(2, 2, 150, dtype=torch.float32)
     of_mask = torch.bool if mask == "bool" else dtype
     given = None if mask == "none" else empty(150, 190, dtype=of_mask).expand(2, 2, -1, -1)
-    launches = recorded(lambda: attention(q, k, k, given, False, 0.125), capability)
-    backward = lambda: attention_backward(q, q, k, k, q, lse, given, False, 0.125)  # noqa: E731
+    more = (given, False, 0.125, *((0.1, empty(dtype=torch.int64)) if dropout else ()))
+    launches = recorded(lambda: attention(q, k, k, *more), capability)
+    backward = lambda: attention_backward(q, q, k, k, q, lse, *more)  # noqa: E731
     results = all_compiled(launches + recorded(backward, capability), capability)
     assert set(results) == set(KERNELS)
     for kernel, result in results.items():

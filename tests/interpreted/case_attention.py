@@ -403,10 +403,10 @@ def test_every_row_can_be_selected():
         select_attention("forward", 90, "half", 272)
 
 
-def test_a_mask_of_queries_and_keys_needs_room():
+def test_a_mask_of_queries_and_keys_needs_room_and_so_does_dropout():
     plain = select_attention("forward", 90, "half", 128)
-    assert not plain.masks
-    assert select_attention("forward", 90, "half", 128, masked=True).masks
+    assert not plain.spare
+    assert select_attention("forward", 90, "half", 128, crowded=True).spare
     wide = torch.ones(1, 1, 5, 7, dtype=torch.bool)
     assert not is_of_keys(wide)
     assert is_of_keys(wide[:, :, :1])

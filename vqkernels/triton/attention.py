@@ -97,7 +97,7 @@ def forward(
         return
     q, k, v = (rows_beside(t) for t in (q, k, v))
     unit = common_unit(q, k, v, out)
-    config = config or choose("forward", q, v, attn_mask)
+    config = config or choose("forward", q, v, attn_mask, seed is not None)
     batch, queries, keys = sizes_of(q, k, sequences)
     heads = q.shape[1]
     launch(
@@ -147,11 +147,13 @@ def starts_of(
     return *starts, (q.shape[2], k.shape[2])
 
 
-def choose(kernel: str, q: Tensor, v: Tensor, attn_mask: Tensor | None) -> AttentionConfig:
+def choose(
+    kernel: str, q: Tensor, v: Tensor, attn_mask: Tensor | None, dropout: bool
+) -> AttentionConfig:
     dim = max(parts_of(q.shape[-1]).padded, parts_of(v.shape[-1]).padded)
     products = "split" if q.dtype == torch.float32 else "half"
-    masked = attn_mask is not None and not is_of_keys(attn_mask)
-    return select_attention(kernel, device_facts(q.device).capability, products, dim, masked)
+    crowded = dropout or (attn_mask is not None and not is_of_keys(attn_mask))
+    return select_attention(kernel, device_facts(q.device).capability, products, dim, crowded)
 
 
 def rows_beside(t: Tensor) -> Tensor:

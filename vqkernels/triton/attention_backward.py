@@ -111,8 +111,8 @@ def backward(
     batch, heads, rows, _ = q.shape
     sequence_count, queries, keys = sizes_of(q, k, sequences)
     of_queries, of_keys = configs or (
-        choose("queries", q, v, attn_mask),
-        choose("keys", q, v, attn_mask),
+        choose("queries", q, v, attn_mask, seed is not None),
+        choose("keys", q, v, attn_mask, seed is not None),
     )
 
     exponents, delta = q.new_empty((2, *q.shape[:-1]), dtype=torch.float32)

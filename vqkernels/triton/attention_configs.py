@@ -26,7 +26,8 @@ class AttentionConfig:
         num_warps, num_stages: Triton's.
         registers: the most a thread, 0 for as many as it takes.
         reason: why these numbers.
-        masks: whether its shared memory has room for a tile of a mask of queries and keys.
+        spare: whether its shared memory has room for one more tile of queries and keys, as a mask
+            or dropout needs.
     """
 
     kernel: str
@@ -39,7 +40,7 @@ class AttentionConfig:
     num_stages: int
     registers: int
     reason: str
-    masks: bool = True
+    spare: bool = True
 
 
 class Parts(NamedTuple):
@@ -73,8 +74,8 @@ CONFIGS = (
                     "share a multiprocessor, one's exponentials beside the other's products; with "
                     "64 queries the keys would leave L2 twice as often, at 13 TB/s"),
     AttentionConfig("forward", ("hopper",), "half", 128, 128, 128, 8, 3, 0,
-                    "measured: 1.22 ms; 64 keys 1.45; 224 of 227 KiB, which a tile of a mask "
-                    "would pass by 32", masks=False),
+                    "measured: 1.22 ms; 64 keys 1.45; 224 of 227 KiB, to which a tile of a mask "
+                    "would add 32 and what dropout keeps 16", spare=False),
     AttentionConfig("forward", _WARPGROUP, "half", 128, 128, 64, 8, 3, 0,
                     "200 registers: one program, 96 KiB of k and v on their way"),
     AttentionConfig("forward", _WARPGROUP, "half", 256, 128, 64, 8, 2, 0,
@@ -145,17 +146,17 @@ CONFIGS = (
 
 
 def select_attention(
-    kernel: str, capability: int, products: str, dim: int, masked: bool = False
+    kernel: str, capability: int, products: str, dim: int, crowded: bool = False
 ) -> AttentionConfig:
-    """The first row for this kernel, GPU, kind of products and padded columns. `masked`: with a
-    mask of queries and keys."""
+    """The first row for this kernel, GPU, kind of products and padded columns. `crowded`: with a
+    mask of queries and keys, or with dropout."""
     for config in CONFIGS:
         if (
             config.kernel == kernel
             and family(capability) in config.families
             and config.products == products
             and dim <= config.dim
-            and (config.masks or not masked)
+            and (config.spare or not crowded)
         ):
             return config
     raise ValueError(f"q, k and v must have at most 256 columns, got {dim}")
