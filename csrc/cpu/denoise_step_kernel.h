@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "combination.h"
 #include "noise_blocks.h"
 #include "sample_statistics.h"
 
@@ -21,68 +22,6 @@ struct StepRooms {
   NoiseRoom sample, output, uncond, history[DenoiseStep::kHistory];
   NoiseRoom noise, variance, scaled, prediction, prev, extra;
 };
-
-// A sum of weighted operands. A weight of 0 leaves its operand out, also where it is infinite.
-struct Combination {
-  static constexpr int kMost = 4 + DenoiseStep::kHistory;
-
-  void add(double weight, const float* operand) {
-    if (float(weight) == 0) return;
-    weights[count] = float(weight);
-    operands[count++] = operand;
-  }
-
-  bool same_operands(const Combination& other) const {
-    return count == other.count && std::equal(operands, operands + count, other.operands);
-  }
-
-  int count = 0;
-  float weights[kMost];
-  const float* operands[kMost];
-};
-
-// Several combinations of the same operands. An operand's numbers are read before those at its
-// place are written.
-template <int kOperands, int kSums>
-inline void combine_all(const Combination* sums, float* const* out, int64_t count) {
-  vf weights[kSums][kOperands];
-  for (int s = 0; s < kSums; ++s) {
-    for (int i = 0; i < kOperands; ++i) weights[s][i] = splat(sums[s].weights[i]);
-  }
-  const float* operands[kOperands];
-  for (int i = 0; i < kOperands; ++i) operands[i] = sums[0].operands[i];
-  float* places[kSums];
-  for (int s = 0; s < kSums; ++s) places[s] = out[s];
-  each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
-    vf values[kOperands];
-    for (int i = 0; i < kOperands; ++i) values[i] = load_at(operands[i], at, lanes);
-    for (int s = 0; s < kSums; ++s) {
-      vf sum = weights[s][0] * values[0];
-      for (int i = 1; i < kOperands; ++i) sum = multiply_add(weights[s][i], values[i], sum);
-      store_at(places[s], at, lanes, sum);
-    }
-  });
-}
-
-template <int kSums, int kOperands = Combination::kMost>
-inline void combine(const Combination* sums, float* const* out, int64_t count) {
-  if constexpr (kOperands == 0) {
-    for (int s = 0; s < kSums; ++s) std::fill(out[s], out[s] + count, 0.0f);
-  } else if (sums[0].count == kOperands) {
-    combine_all<kOperands, kSums>(sums, out, count);
-  } else {
-    combine<kSums, kOperands - 1>(sums, out, count);
-  }
-}
-
-// Together if they have the same operands, which are read once then; else in this order.
-inline void combine(const Combination* sums, float* const* out, int sum_count, int64_t count) {
-  bool same = true;
-  for (int s = 1; s < sum_count; ++s) same = same && sums[s].same_operands(sums[0]);
-  if (same && sum_count == 3) return combine<3>(sums, out, count);
-  if (same && sum_count == 2) return combine<2>(sums, out, count);
-  for (int s = 0; s < sum_count; ++s) combine<1>(sums + s, out + s, count);
-}
 
 inline int64_t row_number(const DenoiseStep& task, int64_t level) {
   return std::clamp<int64_t>(task.index[level], 0, task.steps - 1);
@@ -115,7 +54,7 @@ inline const float* output_of(const DenoiseStep& task, const float* row, float f
 
 // A prediction limited to [-limit, limit], and divided by the limit if `scaled`.
 template <int kOperands>
-inline void limited_prediction(const Combination& predicted, float limit, bool scaled,
+inline void limited_prediction(const Combination<float>& predicted, float limit, bool scaled,
                                int64_t count, float* prediction) {
   const vf most = splat(limit), least = splat(-limit), factor = splat(scaled ? 1 / limit : 1.0f);
   each_vector(count, [&](int64_t at, int64_t lanes) VQKERNELS_INLINE {
@@ -158,18 +97,21 @@ inline const float* noise_of(const DenoiseStep& task, int64_t level, int64_t sam
   return rooms.scaled.floats;
 }
 
-// A stretch's operands, and where its results go until `finish_block`; null: there is none.
+// A stretch's operands, and where its results go; null: there is none.
+template <typename T>
 struct Stretch {
-  const float *row, *sample, *output, *noise;
-  const float* history[DenoiseStep::kHistory];
-  float *prediction, *prev, *extra;
+  const float* row;
+  const T *sample, *output, *noise;
+  const T* history[DenoiseStep::kHistory];
+  T *prediction, *prev, *extra;
   int64_t count;
 };
 
 // Weights `of` of sample, prediction, output and history. A prediction without a limit is itself a
 // sum, of which no digits are lost here.
-inline Combination combination(const Stretch& stretch, const float* of, bool limited) {
-  Combination sum;
+template <typename T>
+inline Combination<T> combination(const Stretch<T>& stretch, const float* of, bool limited) {
+  Combination<T> sum;
   const float* row = stretch.row;
   const double inner = limited ? 0.0 : of[1];
   sum.add(of[0] + inner * row[step_column::prediction_sample], stretch.sample);
@@ -181,13 +123,42 @@ inline Combination combination(const Stretch& stretch, const float* of, bool lim
   return sum;
 }
 
+template <typename T>
+inline Combination<T> prediction_of(const Stretch<T>& stretch) {
+  Combination<T> sum;
+  sum.add(stretch.row[step_column::prediction_sample], stretch.sample);
+  sum.add(stretch.row[step_column::prediction_output], stretch.output);
+  return sum;
+}
+
+// All results that are wanted; with `limited` the prediction is there already.
+template <typename T>
+inline void step_sums(const Stretch<T>& stretch, bool limited, bool streaming) {
+  Combination<T> sums[3];
+  T* out[3];
+  int count = 0;
+  const auto write = [&](const Combination<T>& sum, T* place) {
+    sums[count] = sum;
+    out[count++] = place;
+  };
+  if (stretch.prediction != nullptr && !limited) write(prediction_of(stretch), stretch.prediction);
+  if (stretch.extra != nullptr) {
+    write(combination(stretch, stretch.row + step_column::extra, limited), stretch.extra);
+  }
+  // `prev` comes last: it may take the place of an operand.
+  Combination<T> to_prev = combination(stretch, stretch.row + step_column::prev, limited);
+  if (stretch.noise != nullptr) to_prev.add(stretch.row[step_column::prev_noise], stretch.noise);
+  write(to_prev, stretch.prev);
+  combine(sums, out, count, stretch.count, streaming);
+}
+
 // In place of an operand whose weight is 0.
 alignas(64) constexpr float kNothing[kNoiseBlock] = {};
 
 // Both in one pass, where there is neither history nor `extra`: the limited prediction and `prev`.
 template <bool kStored>
-inline void limited_step(const Stretch& stretch, const Combination& predicted, float limit,
-                         bool scaled) {
+inline void limited_step(const Stretch<float>& stretch, const Combination<float>& predicted,
+                         float limit, bool scaled) {
   const float* of = stretch.row + step_column::prev;
   const vf most = splat(limit), least = splat(-limit), factor = splat(scaled ? 1 / limit : 1.0f);
   const auto term = [](float weight, const float* operand) {
@@ -213,25 +184,36 @@ inline void limited_step(const Stretch& stretch, const Combination& predicted, f
   });
 }
 
-// `predicted` makes the prediction; with `limited` it is there already.
-inline void step_sums(const Stretch& stretch, const Combination& predicted, bool stored,
-                      bool limited) {
-  Combination sums[3];
-  float* out[3];
-  int count = 0;
-  const auto write = [&](const Combination& sum, float* place) {
-    sums[count] = sum;
-    out[count++] = place;
-  };
-  if (stored && !limited) write(predicted, stretch.prediction);
-  if (stretch.extra != nullptr) {
-    write(combination(stretch, stretch.row + step_column::extra, limited), stretch.extra);
+// Whether a row's step is nothing but sums of operands of one type, which are read and written
+// where they lie.
+inline bool only_sums(const DenoiseStep& task, bool drawn) {
+  if (task.threshold != Threshold::none || task.uncond_output.data != nullptr || drawn)
+    return false;
+  bool same = task.model_output.dtype == task.sample.dtype;
+  for (const Samples& entry : task.history) {
+    same = same && (entry.data == nullptr || entry.dtype == task.sample.dtype);
   }
-  // `prev` comes last: it may take the place of an operand.
-  Combination to_prev = combination(stretch, stretch.row + step_column::prev, limited);
-  if (stretch.noise != nullptr) to_prev.add(stretch.row[step_column::prev_noise], stretch.noise);
-  write(to_prev, stretch.prev);
-  combine(sums, out, count, stretch.count);
+  return same;
+}
+
+template <typename T>
+inline void sum_stretch(const DenoiseStep& task, const float* row, int64_t sample, int64_t first,
+                        int64_t count) {
+  const auto place = [&](const Samples& samples) -> T* {
+    return samples.data == nullptr ? nullptr : at_sample<T>(samples, sample, first);
+  };
+  Stretch<T> stretch = {};
+  stretch.row = row;
+  stretch.count = count;
+  stretch.sample = place(task.sample);
+  stretch.output = place(task.model_output);
+  for (int i = 0; i < DenoiseStep::kHistory; ++i) stretch.history[i] = place(task.history[i]);
+  stretch.prev = place(task.prev);
+  stretch.extra = place(task.extra);
+  stretch.prediction = place(task.prediction);
+  const bool aligned = (first * 4) % (kLanes * 4) == 0 && can_stream(task.prev) &&
+                       can_stream(task.extra) && can_stream(task.prediction);
+  step_sums(stretch, false, task.streaming && aligned);
 }
 
 inline void step_stretch(const DenoiseStep& task, int64_t level, const WholeSample& whole,
@@ -239,11 +221,17 @@ inline void step_stretch(const DenoiseStep& task, int64_t level, const WholeSamp
   const float* row = row_of(task, level);
   const bool drawn =
       row[step_column::prev_noise] != 0 && (task.keyed || task.noise.data != nullptr);
+  if (only_sums(task, drawn)) {
+    return dispatch(task.sample.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      sum_stretch<T>(task, row, sample, first, count);
+    });
+  }
   const auto start = [&](const Samples& to, NoiseRoom& room) -> float* {
     if (to.data == nullptr) return nullptr;
     return start_block(to, sample, first, task.streaming, room);
   };
-  Stretch stretch = {};
+  Stretch<float> stretch = {};
   stretch.row = row;
   stretch.count = count;
   stretch.sample = read_block(task.sample, sample, first, count, rooms.sample);
@@ -255,26 +243,23 @@ inline void step_stretch(const DenoiseStep& task, int64_t level, const WholeSamp
   stretch.prev = start(task.prev, rooms.prev);
   stretch.extra = start(task.extra, rooms.extra);
   stretch.prediction = start(task.prediction, rooms.prediction);
-  const bool stored = stretch.prediction != nullptr;
 
-  Combination predicted;
-  predicted.add(row[step_column::prediction_sample], stretch.sample);
-  predicted.add(row[step_column::prediction_output], stretch.output);
   if (task.threshold == Threshold::none) {
-    step_sums(stretch, predicted, stored, false);
+    step_sums(stretch, false, false);
   } else {
+    const Combination<float> predicted = prediction_of(stretch);
     const bool scaled = task.threshold == Threshold::dynamic;
     const float limit = scaled ? whole.limit : row[step_column::clip];
-    if (!stored) stretch.prediction = rooms.prediction.floats;
     if (predicted.count == 2 && stretch.history[0] == nullptr && stretch.extra == nullptr) {
-      const auto step = stored ? limited_step<true> : limited_step<false>;
+      const auto step = stretch.prediction != nullptr ? limited_step<true> : limited_step<false>;
       step(stretch, predicted, limit, scaled);
     } else {
       const auto limited_of = predicted.count == 2   ? limited_prediction<2>
                               : predicted.count == 1 ? limited_prediction<1>
                                                      : limited_prediction<0>;
+      if (stretch.prediction == nullptr) stretch.prediction = rooms.prediction.floats;
       limited_of(predicted, limit, scaled, count, stretch.prediction);
-      step_sums(stretch, predicted, stored, true);
+      step_sums(stretch, true, false);
     }
   }
   const auto finish = [&](const float* floats, const Samples& to) {
@@ -305,13 +290,13 @@ inline WholeSample whole_sample(const DenoiseStep& task, int64_t sample, StepRoo
     SampleQuantile sizes(elements);
     for (int64_t first = 0; first < elements; first += kNoiseBlock) {
       const int64_t count = std::min(kNoiseBlock, elements - first);
-      Combination predicted;
+      Combination<float> predicted;
       predicted.add(row[step_column::prediction_sample],
                     read_block(task.sample, sample, first, count, rooms.sample));
       predicted.add(row[step_column::prediction_output],
                     output_of(task, row, whole.output_factor, sample, first, count, rooms));
       float* values = rooms.prediction.floats;
-      combine(&predicted, &values, 1, count);
+      combine(&predicted, &values, 1, count, false);
       sizes.add(values, count);
     }
     const float quantile = sizes.at(task.ratio);

@@ -96,12 +96,6 @@ inline void diffuse_drawn(const Diffuse& task, int64_t level, int64_t sample, in
              });
 }
 
-// Past the caches go whole vectors of floats.
-inline bool can_stream(const Samples& to) {
-  const int64_t bytes = reinterpret_cast<intptr_t>(to.data) | (to.stride * 4);
-  return to.dtype == DType::f32 && bytes % (kLanes * 4) == 0;
-}
-
 inline void diffuse(const Diffuse& task, int64_t begin, int64_t end) {
   const Mixture& mixture = task.mixture;
   NoiseRoom x_t_room, target_room;

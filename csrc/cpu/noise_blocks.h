@@ -36,6 +36,12 @@ inline float* start_block(const Samples& to, int64_t sample, int64_t begin, bool
   return at_sample<float>(to, sample, begin);
 }
 
+// Past the caches go whole vectors of floats; what is missing is no obstacle.
+inline bool can_stream(const Samples& to) {
+  const int64_t bytes = reinterpret_cast<intptr_t>(to.data) | (to.stride * 4);
+  return to.data == nullptr || (to.dtype == DType::f32 && bytes % (kLanes * 4) == 0);
+}
+
 inline void stream(float* to, vf v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(to, (__m512)v);

@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> denoise_step(
   task.prev = samples_of(prev);
   if (want_prediction) task.prediction = samples_of(prediction);
   if (want_extra) task.extra = samples_of(extra);
-  task.streaming = streamed(prev);
+  task.streaming = streamed(prev, kStreamedBytes / 4);  // with its operands four times that
   const auto run = [&](int64_t begin, int64_t end) { kernels().denoise_step(task, begin, end); };
   if (task.whole_samples) {
     if (task.batch.elements > 0) parallel(task.batch.count, 1, run);

@@ -81,8 +81,8 @@ inline NoiseTarget target_named(const std::string& name) {
   return NoiseTarget::flow;
 }
 
-inline bool streamed(const Tensor& result) {
-  return result.numel() * (result.scalar_type() == ScalarType::Float ? 4 : 2) >= kStreamedBytes;
+inline bool streamed(const Tensor& result, int64_t bytes = kStreamedBytes) {
+  return result.numel() * (result.scalar_type() == ScalarType::Float ? 4 : 2) >= bytes;
 }
 
 template <typename F>
