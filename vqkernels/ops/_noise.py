@@ -11,8 +11,6 @@ from torch import Tensor
 
 from vqkernels.ops._checks import check_floating, check_same_device, check_tensor
 
-_INT_RANGE = (-(2**63), 2**64 - 1)
-
 
 def as_word(name: str, value: int | Tensor, device: torch.device) -> Tensor:
     """An int64 scalar with value's bits modulo 2^64."""

@@ -112,6 +112,7 @@ def sample(
 
     times = scheduler.timesteps.tolist() if guidance_interval is not None else []
     batched = shape[:1]
+    both = {name: torch.cat([conditions[name], unconditional[name]]) for name in unconditional}
     for step in progress_bar(range(begin, calls), "sampling", show=progress):
         t = scheduler.timesteps[step]
         guided = guidance_scale != 1 and (
@@ -119,7 +120,6 @@ def sample(
         )
         inputs = scheduler.scale_model_input(x, t)
         if guided:
-            both = {k: torch.cat([conditions[k], unconditional[k]]) for k in conditions}
             doubled = torch.cat([inputs, inputs])
             output, uncond = _output(model(doubled, t.expand(2 * shape[0]), **both)).chunk(2)
             options: dict[str, Any] = {
